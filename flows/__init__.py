@@ -1,0 +1,1 @@
+"""Prefect flows, each readable as the picture in the README."""

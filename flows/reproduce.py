@@ -1,0 +1,105 @@
+"""The whole experiment, readable as the picture: prepare → student → cache → train → evaluate → compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.engine import wait_for_recording
+from pipeline.artifacts import text_digest
+from pipeline.config import load_experiment
+from pipeline.plan import Plan, plan_experiment
+from pipeline.stages.compare import Trial, git_commit
+from pipeline.tracking import DataInput, RunFacts, Tracker, flatten, tracked
+from tasks.cache import cache_teacher
+from tasks.compare import compare
+from tasks.evaluate import evaluate
+from tasks.import_model import import_model
+from tasks.prepare import prepare
+from tasks.student import initialise_student
+from tasks.train import train
+
+STAGES = ("prepare", "cache", "train", "evaluate", "compare")
+
+
+@flow(name="reproduce", flow_run_name="{config}", validate_parameters=False, log_prints=False)
+def reproduce(config: str, overrides: list[str], run_dir: str, until: str = "compare") -> None:
+    """Run an experiment from its file.
+
+    Args:
+        config: path of the experiment file.
+        overrides: `dotted.path=value` settings.
+        run_dir: where everything goes.
+        until: last stage to run, one of STAGES.
+    """
+    from pipeline.tracking import MLflowTracker
+
+    plan = plan_experiment(load_experiment(Path(config), overrides), Path(run_dir))
+    run_stages(plan, MLflowTracker(plan.run_dir, plan.experiment.name), until)
+
+
+def run_stages(plan: Plan, tracker: Tracker, until: str) -> None:
+    """The flow's body."""
+    name = plan.experiment.name
+    last = STAGES.index(until)
+    for model in plan.models:
+        import_model(model)
+    stage_runs = {"prepare": prepare(plan.data, name, tracker)}
+    for benchmark in plan.benchmarks:
+        prepare(benchmark, name, tracker)
+    if last >= STAGES.index("cache"):
+        stage_runs["student"] = initialise_student(plan.student, name, tracker)
+        if plan.cache is not None:
+            stage_runs["cache"] = cache_teacher(plan.cache, name, tracker)
+    if last >= STAGES.index("train"):
+        for trial in plan.trials:
+            run_trial(plan, trial, tracker, stage_runs, evaluates=last >= STAGES.index("evaluate"))
+    if last >= STAGES.index("compare"):
+        compare(plan.comparison, tracker)
+    if flow_run.id is not None:
+        wait_for_recording(flow_run.id)
+
+
+def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, str], evaluates: bool) -> None:
+    """One row of the comparison, as one flat run."""
+    run_id = tracker.start(trial_facts(plan, trial, stage_runs))
+    with tracked(tracker, run_id):
+        if trial.train is not None:
+            train(trial.train, run_id, tracker)
+        if evaluates:
+            evaluate(trial, run_id, tracker)
+            tracker.finish(run_id, "FINISHED")
+
+
+def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFacts:
+    """Name, settings, labels and data sets of a trial."""
+    experiment = plan.experiment
+    params = {"method": trial.method, "student": plan.student.config.kind, "student_layers": plan.student.layers}
+    if trial.train is not None:
+        params |= {"train_seed": trial.seed, "alpha": trial.train.alpha}
+        params |= flatten(trial.train.config.model_dump(mode="json", exclude={"alpha"}), "method.")
+        params |= flatten(experiment.train.model_dump(mode="json", exclude={"seeds"}), "train.")
+    fingerprints = {plan.benchmark.name: plan.place.fingerprint for plan in trial.evaluations}
+    inputs = [_data_input(plan.data.train, plan.data.place, "train", "training")] if trial.train else []
+    inputs += [_data_input(b.rows, b.place, b.name, "evaluation") for b in plan.benchmarks]
+    return RunFacts(
+        key=text_digest(repr([trial.name, trial.train and trial.train.place.fingerprint, sorted(fingerprints.items())]))[:16],
+        name=trial.name,
+        experiment=experiment.name,
+        params=params,
+        tags={
+            "method": trial.method,
+            "teacher": plan.models[0].location.label,
+            "git_commit": git_commit() or "unknown",
+            "experiment_fingerprint": plan.comparison.place.fingerprint,
+            **{f"stage_run.{stage}": run_id for stage, run_id in stage_runs.items()},
+            **{f"fingerprint.evaluate.{benchmark}": value for benchmark, value in fingerprints.items()},
+        },
+        inputs=inputs,
+    )
+
+
+def _data_input(rows: RowsPlan, place: Place, name: str, context: str) -> DataInput:
+    return DataInput(name, rows.digest, rows.describe(), int(place.open().manifest.counts[ROWS[context]]), context)

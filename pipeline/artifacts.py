@@ -1,0 +1,249 @@
+"""Content-addressed artifacts: a folder with a manifest, written beside its final place and renamed into it.
+
+The fingerprint is known before anything runs: a hash of the stage's name and code version, its recipe (the settings
+and the digests of external inputs) and its upstream fingerprints. Same fingerprint and complete → reused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ArtifactError
+from pipeline.locks import exclusive
+
+MANIFEST = "manifest.json"
+PARTIAL_SUFFIX = ".partial"
+_RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and how it came to be.
+
+    Attributes:
+        stage: name of the stage that made it.
+        fingerprint: 16 hex digits, see `fingerprint`.
+        recipe: the settings and input digests that the fingerprint covers.
+        upstream: name → fingerprint of the artifacts it was made from.
+        counts: rows, tokens, bytes, … whatever the stage counts.
+        files: relative path → {"bytes": int, "sha256": hex}, every file but the manifest.
+        versions: python and package versions at creation.
+        created: seconds since the epoch.
+        seconds: wall time of the work (summed over resumptions where the stage knows it).
+        complete: always true in a committed artifact.
+    """
+
+    stage: str
+    fingerprint: str
+    recipe: dict[str, Any]
+    upstream: dict[str, str]
+    counts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    created: float
+    seconds: float = 0.0
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed artifact: where it is and what its manifest says."""
+
+    path: Path
+    manifest: Manifest = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """The manifest's fingerprint."""
+        return self.manifest.fingerprint
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces; the same value always gives the same text.
+
+    Raises:
+        ValueError: NaN or infinity, which have no JSON form.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(stage: str, version: int, recipe: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
+    """16 hex digits that identify an artifact by everything that determines its content.
+
+    Args:
+        stage: the stage's name.
+        version: the stage's code version; raise it when the same recipe would give other content.
+        recipe: JSON-able settings and digests of external inputs.
+        upstream: name → fingerprint of the inputs.
+    """
+    text = canonical_json({"stage": stage, "version": version, "recipe": recipe, "upstream": dict(upstream)})
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of a text, hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def artifact_path(root: Path, stage: str, fingerprint: str) -> Path:
+    """Where the artifact of a stage lives under an artifact root."""
+    return root / stage / fingerprint
+
+
+def find(path: Path, fingerprint: str) -> Artifact | None:
+    """The artifact at `path` if it is complete and has this fingerprint; None if nothing is there.
+
+    Raises:
+        ArtifactError: something is there, but it is another artifact or its manifest or a file is damaged or missing.
+    """
+    if not path.exists():
+        return None
+    manifest = _read_manifest(path)
+    if manifest.fingerprint != fingerprint:
+        raise ArtifactError(
+            f"{path}: holds fingerprint {manifest.fingerprint}, expected {fingerprint}; remove the folder to rebuild it"
+        )
+    for name, facts in manifest.files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != facts["bytes"]:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "no file"
+            raise ArtifactError(
+                f"{file}: expected {facts['bytes']} bytes, found {found}; remove {path} and run again to rebuild it"
+            )
+    return Artifact(path, manifest)
+
+
+def peek(path: Path) -> Manifest | None:
+    """The manifest of a finished artifact, None for anything else; for looking around, not for opening."""
+    try:
+        return _read_manifest(path)
+    except ArtifactError:
+        return None
+
+
+def open_or_fail(path: Path, fingerprint: str | None = None) -> Artifact:
+    """Open a committed artifact for use and verify every file's checksum.
+
+    Raises:
+        ArtifactError: nothing complete is there, it has another fingerprint, or a checksum differs.
+    """
+    artifact = find(path, fingerprint or _read_manifest(path).fingerprint)
+    if artifact is None:
+        raise ArtifactError(f"{path}: no such artifact")
+    for name, facts in artifact.manifest.files.items():
+        if file_digest(path / name) != facts["sha256"]:
+            raise ArtifactError(f"{path / name}: checksum differs; remove {path} and run again to rebuild it")
+    return artifact
+
+
+@contextlib.contextmanager
+def partial_folder(final: Path) -> Iterator[Path]:
+    """A working folder beside `final`, kept after a failure so that the stage can go on from it.
+
+    One process at a time: another that holds it makes this wait (see `pipeline.locks`).
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(final.with_name(final.name + ".lock")):
+        partial = final.with_name(final.name + PARTIAL_SUFFIX)
+        partial.mkdir(exist_ok=True)
+        yield partial
+
+
+def commit(
+    partial: Path,
+    final: Path,
+    *,
+    stage: str,
+    fingerprint: str,
+    recipe: Mapping[str, Any],
+    upstream: Mapping[str, str],
+    counts: Mapping[str, Any],
+    seconds: float,
+) -> Artifact:
+    """Write the manifest into `partial`, make everything durable and rename the folder to `final`.
+
+    An artifact that is already at `final` (a comparison that is rebuilt) is replaced.
+    """
+    files = {
+        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+        for file in sorted(partial.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+    manifest = Manifest(
+        stage=stage,
+        fingerprint=fingerprint,
+        recipe=dict(recipe),
+        upstream=dict(upstream),
+        counts=dict(counts),
+        files=files,
+        versions=_versions(),
+        created=time.time(),
+        seconds=seconds,
+    )
+    for name in files:
+        _fsync(partial / name)
+    write_text_atomically(partial / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True, default=str))
+    _fsync(partial)
+    if final.exists():
+        discarded = final.with_name(final.name + ".discarded")
+        shutil.rmtree(discarded, ignore_errors=True)
+        os.rename(final, discarded)
+        os.rename(partial, final)
+        shutil.rmtree(discarded)
+    else:
+        os.rename(partial, final)
+    _fsync(final.parent)
+    return Artifact(final, manifest)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    try:
+        manifest = Manifest(**json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no {MANIFEST}, so this is not a finished artifact; remove it to rebuild it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ArtifactError(f"{file}: not a manifest ({error}); remove {path} to rebuild it") from None
+    if manifest.complete is not True:
+        raise ArtifactError(f"{path}: its manifest says that it is incomplete; remove it to rebuild it")
+    return manifest
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _RECORDED_PACKAGES}}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

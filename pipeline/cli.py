@@ -1,0 +1,189 @@
+"""The command line. Thin: it parses, calls, prints; exit codes 0 done, 2 bad input (one message), 1 anything else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+
+from pipeline import __version__
+from pipeline.errors import ConfigError, PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.plan import Plan
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Reproduce DistillLens and compare distillation methods.",
+)  # fmt: skip
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file (YAML).")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="PATH=VALUE", help="Override a setting by its dotted path; repeatable.")]
+RunDirOption = Annotated[Path, typer.Option("--run-dir", metavar="DIR", help="Where artifacts, tracking store and comparison go.")]
+RUNS = Path("runs")
+
+
+def main() -> None:
+    """Entry point: turns expected failures into one message and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for name in ("pipeline", "flows"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        code = app(standalone_mode=False)
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        code = 130
+    sys.exit(code or 0)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def reproduce(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOption = RUNS) -> None:  # noqa: B006
+    """Run a whole experiment and print its comparison; what is already done is reused."""
+    plan = _plan(config, overrides, run_dir)
+    if not _already_done(plan):
+        _run_flow(config, overrides, run_dir, "compare")
+    _print_comparison(plan)
+
+
+@app.command()
+def prepare(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOption = RUNS) -> None:  # noqa: B006
+    """Tokenise training rows and benchmarks."""
+    _run_until("prepare", config, overrides, run_dir)
+
+
+@app.command()
+def cache(
+    config: ConfigArgument,
+    overrides: SetOption = [],  # noqa: B006
+    run_dir: RunDirOption = RUNS,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Print bytes and time, and do nothing.")] = False,
+) -> None:
+    """Capture the teacher's states, as far as the experiment needs them."""
+    if estimate:
+        from pipeline.estimate import cache_estimate
+
+        print(cache_estimate(_plan(config, overrides, run_dir)))
+        return
+    _run_until("cache", config, overrides, run_dir)
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOption = RUNS) -> None:  # noqa: B006
+    """Train every student of the experiment."""
+    _run_until("train", config, overrides, run_dir)
+
+
+@app.command()
+def evaluate(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOption = RUNS) -> None:  # noqa: B006
+    """Score teacher, untrained student and every trained student on every benchmark."""
+    _run_until("evaluate", config, overrides, run_dir)
+
+
+@app.command()
+def compare(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOption = RUNS) -> None:  # noqa: B006
+    """Write the comparison of a finished experiment again (`reproduce` does it too)."""
+    from pipeline.stages import compare as stage
+
+    plan = _plan(config, overrides, run_dir)
+    missing = [place.label for place in plan.places() if place.stage == "evaluate" and place.existing() is None]
+    if missing:
+        raise ConfigError(f"compare: {len(missing)} evaluations are missing, the first is {missing[0]!r}; run `distilllens reproduce` first")
+    stage.run(plan.comparison)
+    _print_comparison(plan)
+
+
+@app.command()
+def validate(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOption = RUNS) -> None:  # noqa: B006
+    """Check an experiment file with its data and show the plan: stage, fingerprint, cached or to do, estimated tokens."""
+    from rich.console import Console
+
+    from pipeline.estimate import plan_table
+
+    Console().print(plan_table(_plan(config, overrides, run_dir)))
+
+
+@app.command()
+def ui(run_dir: RunDirOption = RUNS, port: Annotated[int, typer.Option(help="Loopback port.")] = 5000) -> None:
+    """Open the MLflow UI on a run directory's store (loopback only)."""
+    from pipeline.tracking import configure_mlflow
+
+    if not (run_dir / "mlflow.db").is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
+        raise ConfigError(f"--run-dir: {run_dir} has no mlflow.db; run `distilllens reproduce CONFIG --run-dir {run_dir}` first")
+    store = configure_mlflow(run_dir)
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    print(f"MLflow UI: http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning (Ctrl-C ends it)", flush=True)
+    arguments = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *arguments])
+
+
+def _plan(config: Path, overrides: list[str], run_dir: Path) -> Plan:
+    from pipeline.config import load_experiment
+    from pipeline.plan import plan_experiment
+
+    experiment = load_experiment(config, overrides)
+    _check_run_dir(run_dir)
+    return plan_experiment(experiment, run_dir)
+
+
+def _check_run_dir(run_dir: Path) -> None:
+    existing = run_dir
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"--run-dir: {run_dir} cannot be written (no write permission in {existing}); choose another with --run-dir")
+
+
+def _already_done(plan: Plan) -> bool:
+    from pipeline.tracked import is_tracked
+
+    return plan.finished() and is_tracked(plan)
+
+
+def _run_until(stage: str, config: Path, overrides: list[str], run_dir: Path) -> None:
+    plan = _plan(config, overrides, run_dir)
+    if _already_done(plan):
+        print("nothing to do: this experiment is finished")
+        return
+    _run_flow(config, overrides, run_dir, stage)
+
+
+def _run_flow(config: Path, overrides: list[str], run_dir: Path, until: str) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    from flows.engine import configure_prefect
+
+    configure_prefect(run_dir)
+    from flows.reproduce import reproduce as flow
+
+    flow(config=str(config), overrides=overrides, run_dir=str(run_dir), until=until)
+
+
+def _print_comparison(plan: Plan) -> None:
+    from rich.console import Console
+
+    from pipeline.reporting.aggregate import result_rows, table
+    from pipeline.reporting.render import terminal_table
+    from pipeline.stages.compare import reading_notes, trial_scores
+
+    console = Console()
+    console.print(terminal_table(table(result_rows(trial_scores(plan.comparison.trials))), f"{plan.experiment.name}: ROUGE-L"))
+    for note in reading_notes(plan.comparison):
+        console.print(f"  {note}", style="dim", highlight=False)
+    console.print(f"\nreport:  {plan.comparison.place.path / 'report.html'}\ntable:   {plan.comparison.place.path / 'results.csv'}", highlight=False)
+    console.print(f"MLflow:  distilllens ui --run-dir {plan.run_dir}", highlight=False)

@@ -1,0 +1,97 @@
+"""Where rows come from and how they are encoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from pipeline.config.base import Strict
+
+
+class LocalData(Strict):
+    """A file on disk, relative to the working directory: .jsonl, .json, .csv or .parquet."""
+
+    kind: Literal["local"]
+    path: Path
+    skip: int = Field(default=0, ge=0)
+    """Rows left out at the start of the file."""
+    first: int | None = Field(default=None, ge=1)
+    """Rows taken after that; null takes all."""
+
+
+class HubData(Strict):
+    """One file of a dataset repository on the hub."""
+
+    kind: Literal["hub"]
+    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    file: str = Field(pattern=r"^\w[\w-]*(\.[\w-]+)*(/\w[\w-]*(\.[\w-]+)*)*$")
+    revision: str = Field(min_length=1)
+    """Commit hash, tag or branch; resolved to a commit before anything runs."""
+    skip: int = Field(default=0, ge=0)
+    first: int | None = Field(default=None, ge=1)
+
+
+class BundledData(Strict):
+    """A file of the original instruction corpus inside this package (CC0)."""
+
+    kind: Literal["bundled"]
+    name: str
+    skip: int = Field(default=0, ge=0)
+    first: int | None = Field(default=None, ge=1)
+
+
+class HeldOutData(Strict):
+    """A seeded part of data.train that is kept out of training; sizes and seed are in data.held_out."""
+
+    kind: Literal["held_out"]
+    part: Literal["dev", "test"]
+
+
+def _path_means_local(value: Any) -> Any:
+    if isinstance(value, dict) and "kind" not in value and "path" in value:
+        return {"kind": "local", **value}
+    return value
+
+
+DataSource = Annotated[
+    Annotated[LocalData | HubData | BundledData | HeldOutData, Field(discriminator="kind")],
+    BeforeValidator(_path_means_local),
+]
+TrainSource = Annotated[
+    Annotated[LocalData | HubData | BundledData, Field(discriminator="kind")], BeforeValidator(_path_means_local)
+]
+
+
+class HeldOut(Strict):
+    """Seeded dev and test parts drawn from data.train, chosen by example id, so that adding rows moves none."""
+
+    seed: int = 0
+    dev: int = Field(default=0, ge=0)
+    test: int = Field(default=0, ge=0)
+
+
+class DataConfig(Strict):
+    """Rows for training and validation, and their encoding."""
+
+    train: TrainSource
+    dev: DataSource
+    held_out: HeldOut = HeldOut()
+    template: Literal["alpaca", "chat"] = "alpaca"
+    """Prompt template: the paper's Alpaca-style text, or the tokenizer's own chat template."""
+    max_prompt_tokens: int = Field(default=256, ge=8)
+    max_tokens: int = Field(default=512, ge=16)
+    """Prompt and response together; the response is cut there."""
+    overlong: Literal["drop", "truncate_context"] = "drop"
+    """Rows over max_prompt_tokens: dropped (paper), or cut in the middle of their input. Counted either way."""
+
+
+class Benchmark(Strict):
+    """A test set."""
+
+    source: DataSource
+    version: int = 1
+    """Raise it when the rows or the protocol of this benchmark change meaning."""
+    max_prompt_tokens: int | None = Field(default=None, ge=8)
+    """null takes data.max_prompt_tokens."""

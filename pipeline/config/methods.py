@@ -1,0 +1,223 @@
+"""The methods: which terms of the objective each one uses, with its source.
+
+    L = (1 − α)·CE + α·[ D_task + λ·mean_pairs D_lens + w·MSE_features ]
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.base import Strict
+
+TaskDivergence = Literal["forward_kl", "reverse_kl", "fkl_rkl", "jensen_shannon", "adaptive_kl", "jeffreys"]
+Alpha = Annotated[float, Field(ge=0, le=1)]
+
+
+class UniformPairs(Strict):
+    """Evenly spaced student layers, teacher layer by l' = round(l·L_T/L_S)."""
+
+    kind: Literal["uniform"] = "uniform"
+    count: int = Field(default=5, ge=1)
+
+
+class ExplicitPairs(Strict):
+    """Pairs [student layer, teacher layer], counted from 0 (the embeddings)."""
+
+    kind: Literal["explicit"]
+    pairs: list[tuple[int, int]] = Field(min_length=1)
+
+
+class ProvenancePairs(Strict):
+    """A pruned student's layer with the teacher layer that it was copied from, evenly spaced."""
+
+    kind: Literal["provenance"]
+    count: int = Field(default=5, ge=1)
+
+
+Pairs = Annotated[UniformPairs | ExplicitPairs | ProvenancePairs, Field(discriminator="kind")]
+
+
+class Lens(Strict):
+    """The lens term."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """λ; the paper's is 1."""
+    divergence: TaskDivergence = "jensen_shannon"
+    pairs: Pairs = UniformPairs()
+    final_norm: bool = False
+    """Apply each model's final norm to intermediate states before the head (hazard 2); the paper does not."""
+    mask_layout: Literal["aligned", "official"] = "aligned"
+    """`official` reproduces the published code's mask tiling at batch > 1 (hazard 1)."""
+
+
+class Features(Strict):
+    """The feature-matching term: mean squared error of hidden states through a learned projection."""
+
+    weight: float = Field(default=1.0, ge=0)
+    pairs: Pairs = UniformPairs()
+    projection: Literal["teacher", "student"] = "teacher"
+    """Which side goes through the projection; the published code projects the teacher's states."""
+    positions: Literal["response", "all"] = "response"
+    """`all` reproduces the published code: prompt and padding count too (hazard 3)."""
+
+
+class Sft(Strict):
+    """Supervised fine-tuning on the reference responses: cross-entropy, no teacher."""
+
+    kind: Literal["sft"]
+
+
+class Kd(Strict):
+    """Word-level KD, forward KL on the final logits (Hinton et al. 2015)."""
+
+    kind: Literal["kd"]
+    alpha: Alpha | None = None
+
+
+class Rkl(Strict):
+    """Reverse KL on the final logits (Gu et al. 2024, MiniLLM's divergence on fixed data)."""
+
+    kind: Literal["rkl"]
+    alpha: Alpha | None = None
+
+
+class FklRkl(Strict):
+    """Forward plus reverse KL."""
+
+    kind: Literal["fkl_rkl"]
+    alpha: Alpha | None = None
+
+
+class Jsd(Strict):
+    """Jensen–Shannon divergence on the final logits (Agarwal et al. 2024)."""
+
+    kind: Literal["jsd"]
+    alpha: Alpha | None = None
+
+
+class Akl(Strict):
+    """Adaptive KL (Wu et al. 2024)."""
+
+    kind: Literal["akl"]
+    alpha: Alpha | None = None
+
+
+class Mse(Strict):
+    """Feature matching beside a divergence on the final logits."""
+
+    kind: Literal["mse"]
+    alpha: Alpha | None = None
+    task: TaskDivergence = "forward_kl"
+    features: Features = Features()
+
+
+class DistillLens(Strict):
+    """Reverse KL on the final logits and JSD between lens distributions (arXiv 2602.13567)."""
+
+    kind: Literal["distilllens"]
+    alpha: Alpha | None = None
+    task: TaskDivergence = "reverse_kl"
+    lens: Lens = Lens()
+
+
+MethodConfig = Annotated[Sft | Kd | Rkl | FklRkl | Jsd | Akl | Mse | DistillLens, Field(discriminator="kind")]
+METHOD_KINDS = ("sft", "kd", "rkl", "fkl_rkl", "jsd", "akl", "mse", "distilllens")
+TASK_OF_KIND: dict[str, str] = {
+    "kd": "forward_kl",
+    "rkl": "reverse_kl",
+    "fkl_rkl": "fkl_rkl",
+    "jsd": "jensen_shannon",
+    "akl": "adaptive_kl",
+}
+
+
+class Training(Strict):
+    """One budget for every method."""
+
+    seeds: list[int] = Field(default=[10], min_length=1)
+    """Training seeds: data order, dropout and projection initialisation."""
+    epochs: float | None = Field(default=None, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; exactly one of epochs and max_steps is given."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows of one optimiser step."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Rows of one forward pass; null takes the whole batch. Changes memory, not mathematics."""
+    learning_rate: float = Field(default=5e-5, gt=0)
+    min_learning_rate: float = Field(default=0.0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on CUDA, fp32 on the CPU."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Optimiser steps between resumable checkpoints."""
+    elementwise: Literal["auto", "eager", "compiled"] = "auto"
+    """How the losses' elementwise work runs; auto compiles where a C++ compiler is present and it pays."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Training:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of epochs and max_steps")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} repeats a seed")
+        return self
+
+
+class Decoding(Strict):
+    """A decoding protocol; stored with every score."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    do_sample: bool = True
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
+
+
+class Validation(Strict):
+    """Choosing the best checkpoint on the dev rows."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps between validations; null validates at the end of each epoch, and always after the last step."""
+    rows: int | None = Field(default=None, ge=1)
+    """Dev rows used; null takes all."""
+    select: Literal["rouge_l", "loss", "last"] = "rouge_l"
+    """Keep the checkpoint with the highest dev ROUGE-L, the lowest dev loss, or simply the last."""
+    decoding: Decoding = Decoding(max_new_tokens=256)
+    seed: int = 10
+    batch_size: int = Field(default=32, ge=1)
+
+
+class Evaluation(Strict):
+    """Test-set decoding (the paper: temperature 1, top-p 1, no_repeat_ngram_size 6, seeds 10–50)."""
+
+    decoding: Decoding = Decoding(no_repeat_ngram_size=6)
+    seeds: list[int] = Field(default=[10, 20, 30, 40, 50], min_length=1)
+    """Decoding seeds; a greedy protocol uses the first alone."""
+    batch_size: int = Field(default=32, ge=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Evaluation:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} repeats a seed")
+        return self
+
+
+class CacheConfig(Strict):
+    """The teacher's states, captured once and read by every student."""
+
+    enabled: bool = True
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = "bfloat16"
+    shard_mib: int = Field(default=256, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    """Rows of one teacher forward pass during capture."""
+    extra_layers: list[int] = []
+    """Teacher layers to keep beside those that the methods need, for students to come."""

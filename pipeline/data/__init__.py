@@ -1,0 +1,1 @@
+"""From raw rows to batches: sources, prompts, tokenize, collate."""

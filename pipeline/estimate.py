@@ -1,0 +1,90 @@
+"""What a plan will cost, before it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.plan import Plan
+from pipeline.stages import cache as cache_stage
+from pipeline.stages.place import Place
+from pipeline.stages.prepare import RowsPlan
+
+_CHARACTERS_PER_TOKEN = 4.2
+_TEMPLATE_TOKENS = 35
+
+
+def plan_table(plan: Plan) -> Any:
+    """The plan as a rich table: stage, what, fingerprint, cached or to do, tokens."""
+    from rich.table import Table
+
+    grid = Table(title=f"{plan.experiment.name}: plan", title_justify="left")
+    for name in ("stage", "what", "fingerprint", "state"):
+        grid.add_column(name)
+    grid.add_column("tokens", justify="right")
+    tokens = _tokens(plan)
+    for place in plan.places():
+        grid.add_row(place.stage, place.label, place.fingerprint, _state(place), tokens.get(place.fingerprint, ""))
+    grid.caption = "tokens: ≈ estimated from text length until the rows are tokenised; evaluations: at most"
+    return grid
+
+
+def cache_estimate(plan: Plan) -> str:
+    """Bytes and teacher tokens of the cache.
+
+    Raises:
+        DataError: the rows cannot be read.
+    """
+    if plan.cache is None:
+        return "this experiment needs no cache"
+    rows, tokens, response = _training_rows(plan)
+    needed = cache_stage.planned_bytes(plan.cache, rows, response)
+    exact = "" if plan.data.place.existing() else "about "
+    return (
+        f"{plan.cache.place.label}: {exact}{needed / 2**20:.1f} MiB for {rows} rows, {response} response tokens, "
+        f"{len(plan.cache.key.layers)} layers in {plan.cache.dtype}; {tokens} tokens through the teacher"
+    )
+
+
+def _tokens(plan: Plan) -> dict[str, str]:
+    rows, tokens, _ = _training_rows(plan)
+    mark = "" if plan.data.place.existing() else "≈ "
+    found = {plan.data.place.fingerprint: f"{mark}{tokens}"}
+    if plan.cache is not None:
+        found[plan.cache.place.fingerprint] = f"{mark}{tokens}"
+    training = plan.experiment.train
+    steps_rows = training.max_steps * training.batch_size if training.max_steps else (training.epochs or 1) * rows
+    for trial in plan.trials:
+        if trial.train is not None:
+            found[trial.train.place.fingerprint] = f"{mark}{round(tokens * steps_rows / max(rows, 1))}"
+        for evaluation in trial.evaluations:
+            prompts = evaluation.benchmark.place.existing()
+            count = prompts.manifest.counts["kept"] if prompts else len(evaluation.benchmark.rows.read())
+            found[evaluation.place.fingerprint] = f"≤ {count * len(evaluation.seeds) * evaluation.evaluation.decoding.max_new_tokens}"
+    return found
+
+
+def _training_rows(plan: Plan) -> tuple[int, int, int]:
+    """(rows, tokens, response tokens): counted if prepared, else estimated from text length."""
+    prepared = plan.data.place.existing()
+    if prepared is not None:
+        counts = prepared.manifest.counts["train"]
+        return counts["kept"], counts["tokens"], counts["response_tokens"]
+    return _estimated(plan.data.train)
+
+
+def _estimated(rows: RowsPlan) -> tuple[int, int, int]:
+    examples = rows.read()
+    response = sum(len(example.references[0]) for example in examples) / _CHARACTERS_PER_TOKEN + len(examples)
+    prompt = sum(len(example.instruction) + len(example.input) for example in examples) / _CHARACTERS_PER_TOKEN
+    return len(examples), round(prompt + response + _TEMPLATE_TOKENS * len(examples)), round(response)
+
+
+def _state(place: Place) -> str:
+    if place.stage == "compare":
+        from pipeline.artifacts import peek
+
+        manifest = peek(place.path)
+        return "done" if manifest is not None and manifest.fingerprint == place.fingerprint else "to do"
+    return "cached" if place.existing() is not None else "to do"
+
+

@@ -1,0 +1,1 @@
+"""Generation, ROUGE-L and the runner that scores a model on a benchmark."""

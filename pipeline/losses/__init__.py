@@ -1,0 +1,1 @@
+"""Objectives. This room needs torch only."""

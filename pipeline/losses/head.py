@@ -1,0 +1,42 @@
+"""The output head as the losses see it: tensors and two scalars, no model class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = cap(scale · (W h + b)).
+
+    Attributes:
+        weight: W, [V, d].
+        bias: b, [V] or None.
+        scale: multiplies the logits (Cohere `logit_scale`; Granite 1 / `logits_scaling`).
+        softcap: C in C · tanh(z / C) (Gemma 2 `final_logit_softcapping`) or None.
+        vocab_size: V', only the first V' rows are compared (padded heads, hazard 7); None means all V.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of vocabulary entries that take part."""
+        return self.vocab_size if self.vocab_size is not None else self.weight.shape[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V'] of hidden states [..., d], in hidden's dtype."""
+        bias = None if self.bias is None else self.bias[: self.size]
+        logits = torch.nn.functional.linear(hidden, self.weight[: self.size], bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits

@@ -1,0 +1,185 @@
+"""References to models become folders; folders become models. Safetensors only, never remote code."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.artifacts import file_digest
+from pipeline.errors import ModelError
+
+log = logging.getLogger(__name__)
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_GGUF_MAGIC = b"GGUF"
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a model's files are, and what identifies them.
+
+    Attributes:
+        digest: identity for fingerprints: content hash of the files, or repository and commit.
+        label: short name for people.
+        folder: the folder; None for a hub model that is not on this machine yet.
+        gguf_file: file name of a GGUF inside `folder`, None for a transformers folder.
+        repo: hub repository, None for models on disk.
+        revision: hub commit.
+    """
+
+    digest: str
+    label: str
+    folder: Path | None = None
+    gguf_file: str | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+
+def locate_local(path: Path, what: str) -> ModelLocation:
+    """A transformers folder on disk; `what` is the dotted path of the setting, for messages.
+
+    Raises:
+        ModelError: no such folder, no config.json, or no safetensors weights.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{what}.path: {path} is not a folder; give a transformers folder with config.json and *.safetensors")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{what}.path: {path} has no config.json; give a transformers folder")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"{what}.path: {path} has no *.safetensors; pickled weights are refused, convert them first")
+    return ModelLocation(digest=_folder_digest(path), label=path.name, folder=path)
+
+
+def locate_package(package: str, gguf_file: str, what: str) -> ModelLocation:
+    """A GGUF file in an installed package; the package is located, never imported.
+
+    Raises:
+        ModelError: the package is not installed, has no such file, or the file is no GGUF.
+    """
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise ModelError(f"{what}.package: {package!r} is not an installed package; install it with pip (for example `make fetch`)")
+    folder = Path(folders[0])
+    file = folder / gguf_file
+    if not file.is_file():
+        there = sorted(item.name for item in folder.glob("*.gguf"))
+        raise ModelError(f"{what}.gguf_file: {gguf_file!r} is not in package {package}; it has {', '.join(there) or 'no GGUF file'}")
+    with file.open("rb") as stream:
+        header = stream.read(8)
+    if len(header) < 8 or header[:4] != _GGUF_MAGIC or struct.unpack("<I", header[4:])[0] not in (2, 3):
+        raise ModelError(f"{what}.gguf_file: {file.name} has no GGUF version 2 or 3 header")
+    return ModelLocation(digest=file_digest(file), label=file.name.split(".")[0], folder=folder, gguf_file=gguf_file)
+
+
+def locate_hub(repo: str, commit: str) -> ModelLocation:
+    """A hub repository at a commit; nothing is downloaded yet."""
+    return ModelLocation(digest=f"hub:{repo}@{commit}", label=repo.rpartition("/")[2], repo=repo, revision=commit)
+
+
+def fetch(location: ModelLocation, what: str) -> Path:
+    """The folder of a model, downloaded if it is on the hub.
+
+    Raises:
+        ModelError: the hub cannot be reached or has no such model.
+    """
+    if location.folder is not None:
+        return location.folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(location.repo, revision=location.revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{what}: cannot fetch {location.repo}@{location.revision} ({reason}); check the name and the network, "
+            f"or download it elsewhere and set {what}.kind=local and {what}.path"
+        ) from None
+
+
+@functools.lru_cache(maxsize=16)
+def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
+    """A model's configuration; not to be changed, since it is read once per folder (a GGUF header takes seconds).
+
+    Raises:
+        ModelError: it cannot be read, or the model needs code from its repository.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: no usable model configuration ({_first_line(error)})") from None
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> PreTrainedModel:
+    """A causal language model in evaluation mode from a transformers folder.
+
+    Raises:
+        ModelError: weights are missing, do not fit the configuration, or need code from their repository.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder}: cannot be loaded as a causal language model ({_first_line(error)})") from None
+    if info["missing_keys"]:
+        raise ModelError(f"{folder}: weights are missing for {sorted(info['missing_keys'])[:3]}; the files do not fit config.json")
+    return model.to(device or torch.device("cpu")).eval()
+
+
+def load_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """A fast tokenizer.
+
+    Raises:
+        ModelError: there is none, or it has no end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False, use_fast=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: no usable tokenizer ({_first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer has no end-of-sequence token, so responses could never end")
+    return tokenizer
+
+
+def import_gguf(folder: Path, gguf_file: str, target: Path) -> None:
+    """Convert a GGUF file into a float32 transformers folder: quantised models cannot be trained or saved as they are.
+
+    Raises:
+        ModelError: transformers cannot read this GGUF.
+    """
+    try:
+        source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{gguf_file}: cannot be converted ({_first_line(error)})") from None
+    config = source.config.to_dict()
+    config.pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(type(source.config).from_dict(config), dtype=torch.float32)
+    plain.load_state_dict(source.state_dict())
+    plain.save_pretrained(target)
+    load_tokenizer(folder, gguf_file).save_pretrained(target)
+
+
+def _folder_digest(path: Path) -> str:
+    """Hash of everything that determines what the model computes, independent of where the folder is."""
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.glob("*.txt"), *path.glob("*.model"), *path.glob("*.jinja")]):
+        digest.update(json.dumps([file.name, file_digest(file)]).encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

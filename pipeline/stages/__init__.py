@@ -1,0 +1,1 @@
+"""The stages: each opens its inputs, computes, and commits one artifact."""

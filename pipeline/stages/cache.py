@@ -1,0 +1,125 @@
+"""Stage 2: the teacher's states at response positions, captured once and read by every student."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.artifacts import Artifact, peek
+from pipeline.config.methods import CacheConfig
+from pipeline.data.tokenize import read_encoded
+from pipeline.models import load
+from pipeline.models.lens import LogitLens, load_lens, logit_lens
+from pipeline.progress import progress
+from pipeline.stages.import_model import ModelPlan
+from pipeline.stages.place import Place, build, place
+from pipeline.stages.prepare import TRAIN, TrainingDataPlan
+from pipeline.teacher.cache.estimate import check_disk, estimate_bytes
+from pipeline.teacher.cache.reader import CachedTeacher
+from pipeline.teacher.cache.schema import CacheKey
+from pipeline.teacher.cache.writer import capture
+from pipeline.teacher.online import OnlineTeacher
+from pipeline.teacher.signal import TeacherSource
+from pipeline.training.device import choose_device
+
+log = logging.getLogger(__name__)
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """A cache that serves every method of an experiment.
+
+    Attributes:
+        place: its artifact; another cache that holds more layers of the same states serves as well, see `plan_cache`.
+        key: what it holds and is checked against when it is opened.
+        config: shard size and batch size of the capture.
+        teacher, data: the inputs.
+    """
+
+    place: Place
+    key: CacheKey
+    config: CacheConfig
+    teacher: ModelPlan
+    data: TrainingDataPlan
+
+    @property
+    def dtype(self) -> str:
+        """Storage type of the states."""
+        return self.key.dtype
+
+
+def plan_cache(config: CacheConfig, layers: tuple[int, ...], teacher: ModelPlan, data: TrainingDataPlan, root: Path) -> CachePlan:
+    """Plan a cache of these teacher layers, or take a finished one that holds them and more."""
+    base = {"dtype": config.dtype, "final_norm": "last layer only"}
+    upstream = {"teacher": teacher.digest, "prepare": data.place.fingerprint}
+    covering = _covering(root, base, upstream, layers)
+    chosen = covering or layers
+    where = place(root, "cache", VERSION, "cache teacher states", {**base, "layers": list(chosen)}, upstream)
+    key = CacheKey(
+        teacher=teacher.digest, tokenizer=data.tokenizer.digest, dataset=data.place.fingerprint,
+        template=data.config.template, layers=chosen, dtype=config.dtype, max_tokens=data.config.max_tokens,
+    )  # fmt: skip
+    return CachePlan(where, key, config, teacher, data)
+
+
+def run(plan: CachePlan) -> Artifact:
+    """Capture the states; goes on after the last finished shard.
+
+    Raises:
+        ArtifactError: too little disk, told before any work.
+    """
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        rows = read_encoded(plan.data.place.open().path / TRAIN)
+        needed = planned_bytes(plan, len(rows), sum(rows.response_counts))
+        check_disk(folder, needed)
+        device = choose_device()
+        model = load.load_model(plan.teacher.folder(), device=device)
+        examples = [rows[i] for i in range(len(rows))]
+        with progress(plan.place.label, len(examples), "rows") as advance:
+            counts = capture(
+                model, examples, plan.key.layers, folder, plan.key, shard_bytes=plan.config.shard_mib << 20,
+                batch_size=plan.config.batch_size, pad_token_id=0, device=device, progress=advance,
+            )  # fmt: skip
+        return vars(counts)
+
+    return build(plan.place, work)
+
+
+def planned_bytes(plan: CachePlan, rows: int, response_tokens: int) -> int:
+    """Bytes that the cache will take."""
+    width = plan.teacher.config().hidden_size
+    return estimate_bytes(response_tokens, rows, plan.key.layers, width, plan.key.dtype)
+
+
+def open_teacher(plan: CachePlan | None, teacher: ModelPlan, device: torch.device) -> tuple[TeacherSource, LogitLens]:
+    """The teacher as training sees it: from the cache, with only its head and norm in memory, or online."""
+    if plan is None:
+        model = load.load_model(teacher.folder(), device=device)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return OnlineTeacher(model), logit_lens(model)
+    lens = load_lens(teacher.folder(), device)
+    return CachedTeacher(plan.place.path, plan.key, num_layers=lens.num_layers, device=device), lens
+
+
+def _covering(root: Path, base: Mapping[str, Any], upstream: Mapping[str, str], layers: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Layers of the smallest finished cache of the same states that holds all of `layers`."""
+    found = []
+    for folder in sorted((root / "cache").glob("*/")):
+        manifest = peek(folder)
+        if manifest is None or manifest.upstream != dict(upstream):
+            continue
+        recipe = dict(manifest.recipe)
+        held = tuple(recipe.pop("layers"))
+        if recipe == base and set(layers) <= set(held):
+            found.append(held)
+    return min(found, key=len, default=None)
+
+

@@ -1,0 +1,258 @@
+"""The loop: batches in a fixed order, steps, validations, checkpoints, metrics. The same for every method."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pipeline.data.batching import epoch_batches, micro_batches
+from pipeline.data.collate import Batch, collate
+from pipeline.data.examples import EncodedExample
+from pipeline.errors import DataError, TrainingError
+from pipeline.losses.objective import Objective
+from pipeline.training import checkpoint
+from pipeline.training.checkpoint import Progress
+from pipeline.training.optim import adamw, learning_rate, set_learning_rate
+from pipeline.training.step import Student, Teacher, optimizer_step
+
+log = logging.getLogger(__name__)
+
+
+class Rows(Protocol):
+    """The tokenised training rows."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Input tokens of each row."""
+        ...
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> EncodedExample: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a run that is neither model, method nor data; see `pipeline.config.methods.Training`."""
+
+    seed: int
+    epochs: float | None
+    max_steps: int | None
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    min_learning_rate: float
+    schedule: str
+    warmup_steps: int
+    weight_decay: float
+    betas: tuple[float, float]
+    max_grad_norm: float | None
+    autocast: torch.dtype | None
+    checkpoint_every: int
+    validate_every: int | None
+    select: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to.
+
+    Attributes:
+        steps: optimiser steps.
+        tokens: real input tokens seen.
+        seconds: training time without validation.
+        peak_memory_gib: highest resident memory of the process (CPU) or allocated memory (CUDA).
+        best_step: the step whose weights were kept.
+        best_value: its value of the selection metric, None for "last".
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    peak_memory_gib: float
+    best_step: int
+    best_value: float | None
+
+
+Validate = Callable[[], dict[str, float]]
+"""Scores of the current weights on the dev rows: "dev/rouge_l" (0–100) and "dev/loss" (nats)."""
+
+
+def train(
+    student: Student,
+    teacher: Teacher | None,
+    objective: Objective,
+    rows: Rows,
+    settings: Settings,
+    *,
+    pad_token_id: int,
+    folder: Path,
+    validate: Validate,
+    save_model: Callable[[Path], None],
+    on_step: Callable[[int, int, dict[str, float]], None],
+) -> Summary:
+    """Train and leave the selected weights in `folder`/model; go on from `folder`/checkpoint if there is one.
+
+    Args:
+        student: trained in place.
+        teacher: needed by every method but SFT.
+        objective: the method.
+        rows: tokenised training rows.
+        settings: budget, optimiser, seeds.
+        pad_token_id: any valid token id.
+        folder: working folder; gets metrics.jsonl, checkpoint/ and model/.
+        validate: called on the student in evaluation mode.
+        save_model: writes the student into a folder.
+        on_step: called with steps done, total steps and the step's metrics.
+
+    Raises:
+        DataError: fewer rows than a batch.
+        TrainingError: the loss is not finite.
+    """
+    if settings.batch_size > len(rows):
+        raise DataError(f"train.batch_size: {settings.batch_size} rows, but there are only {len(rows)} training rows; lower it")
+    per_epoch = math.ceil(len(rows) / settings.batch_size)
+    total = settings.max_steps or math.ceil(per_epoch * (settings.epochs or 1))
+    torch.manual_seed(settings.seed)
+    optimizer = adamw(student.modules, settings.learning_rate, settings.weight_decay, settings.betas)
+    progress = checkpoint.load(folder / "checkpoint", student, optimizer) or Progress()
+    if progress.step:
+        log.info("going on from step %d of %d", progress.step, total)
+    metrics = MetricsLog(folder / "metrics.jsonl")
+    for step, batch in _batches(rows, settings, progress.step, total):
+        started = time.perf_counter()
+        micro = [
+            collate([rows[i] for i in part], pad_token_id).to(student.model.device)
+            for part in micro_batches(batch, settings.micro_batch_size)
+        ]
+        rate = learning_rate(
+            step, total, schedule=settings.schedule, peak=settings.learning_rate,
+            floor=settings.min_learning_rate, warmup=settings.warmup_steps,
+        )  # fmt: skip
+        set_learning_rate(optimizer, rate)
+        student.model.train()
+        losses = optimizer_step(
+            student, teacher, objective, micro, optimizer, max_grad_norm=settings.max_grad_norm, autocast=settings.autocast
+        )
+        _check_finite(losses, step, micro)
+        seconds = time.perf_counter() - started
+        tokens = sum(int(part.attention_mask.sum()) for part in micro)
+        progress = replace(
+            progress, step=step + 1, tokens=progress.tokens + tokens, seconds=progress.seconds + seconds
+        )
+        values = {f"train/{name}": value for name, value in losses.items()}
+        values |= {"train/learning_rate": rate, "train/tokens_per_second": tokens / seconds}
+        metrics.write(step + 1, values)
+        on_step(step + 1, total, values)
+        if _validates(step + 1, total, per_epoch, settings.validate_every):
+            progress = _validate(student, progress, settings.select, validate, save_model, folder, metrics)
+        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == total:
+            checkpoint.save(folder / "checkpoint", student, optimizer, progress)
+    assert progress.best_step is not None  # the last step always validates
+    return Summary(
+        progress.step, progress.tokens, progress.seconds, peak_memory_gib(student.model.device), progress.best_step, progress.best_value
+    )
+
+
+class MetricsLog:
+    """metrics.jsonl: one line per record, on disk before anything else sees it.
+
+    After a resume the steps between the checkpoint and the kill are done again with equal results; their lines are
+    already there and are not written twice, so a reader can ship the file by offset alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._drop_torn_line()
+        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self._written = {(record["step"], frozenset(record["metrics"])) for record in records}
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Append a record unless this step's is there already."""
+        key = (step, frozenset(metrics))
+        if key in self._written:
+            return
+        self._written.add(key)
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, "time": time.time(), "metrics": metrics}) + "\n")
+
+    def _drop_torn_line(self) -> None:
+        if self._path.exists():
+            content = self._path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                self._path.write_bytes(whole)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory so far: allocated on CUDA, resident set of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _batches(rows: Rows, settings: Settings, first: int, total: int) -> Iterator[tuple[int, list[int]]]:
+    """(step, row indices) from step `first` on; the order depends on the seed and the lengths alone."""
+    per_epoch = math.ceil(len(rows) / settings.batch_size)
+    step = first
+    while step < total:
+        order = epoch_batches(rows.lengths, settings.batch_size, settings.seed, step // per_epoch)
+        for batch in order[step % per_epoch :]:
+            if step == total:
+                return
+            yield step, batch
+            step += 1
+
+
+def _validates(step: int, total: int, per_epoch: int, every: int | None) -> bool:
+    return step == total or step % (every or per_epoch) == 0
+
+
+def _validate(
+    student: Student,
+    progress: Progress,
+    select: str,
+    validate: Validate,
+    save_model: Callable[[Path], None],
+    folder: Path,
+    metrics: MetricsLog,
+) -> Progress:
+    student.model.eval()
+    scores = validate()
+    metrics.write(progress.step, scores)
+    value = {"rouge_l": scores.get("dev/rouge_l"), "loss": scores.get("dev/loss"), "last": None}[select]
+    if not _better(value, progress.best_value, select):
+        return progress
+    fresh = folder / "model.fresh"
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_model(fresh)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    fresh.rename(folder / "model")
+    return replace(progress, best_step=progress.step, best_value=value)
+
+
+def _better(value: float | None, best: float | None, select: str) -> bool:
+    if value is None or best is None:
+        return True
+    return value < best if select == "loss" else value > best
+
+
+def _check_finite(losses: dict[str, float], step: int, batches: Sequence[Batch]) -> None:
+    bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
+    if bad:
+        ids = [example_id for batch in batches for example_id in batch.example_ids]
+        raise TrainingError(
+            f"step {step + 1}: {bad} is not finite; rows {ids}. The last good checkpoint is kept; "
+            "lower train.learning_rate or look at these rows, then run again"
+        )

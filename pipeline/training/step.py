@@ -1,0 +1,105 @@
+"""One optimiser step: micro-batches forward and backward, then clip and update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.data.collate import Batch
+from pipeline.losses import objective as losses
+from pipeline.models.lens import LogitLens
+from pipeline.teacher.signal import TeacherSource
+from pipeline.training.optim import clip_gradients
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is trained.
+
+    Attributes:
+        model: the student.
+        lens: its head and norm, live views of the model's parameters.
+        projection: the learned projection of feature matching, if the method has one.
+    """
+
+    model: PreTrainedModel
+    lens: LogitLens
+    projection: nn.Linear | None = None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Every module with trained parameters."""
+        return [self.model] if self.projection is None else [self.model, self.projection]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who teaches: where the states come from, and the lens that turns them into distributions."""
+
+    source: TeacherSource
+    lens: LogitLens
+
+
+def optimizer_step(
+    student: Student,
+    teacher: Teacher | None,
+    objective: losses.Objective,
+    micro_batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_grad_norm: float | None,
+    autocast: torch.dtype | None,
+) -> dict[str, float]:
+    """Train on one batch, given as micro-batches; the result does not depend on how it is divided.
+
+    Returns:
+        "loss", "loss_<term>" for each term (nats, mean over the step's response tokens), "grad_norm" before clipping.
+    """
+    denominator = sum(sum(batch.response_counts) for batch in micro_batches)
+    totals: dict[str, Tensor] = {}
+    for batch in micro_batches:
+        terms = micro_batch_loss(student, teacher, objective, batch, denominator=denominator, autocast=autocast)
+        terms.total.backward()  # type: ignore[no-untyped-call]
+        for name, value in {"loss": terms.total.detach(), **{f"loss_{k}": v for k, v in terms.parts.items()}}.items():
+            totals[name] = totals[name] + value if name in totals else value
+    norm = clip_gradients(student.modules, max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**{name: float(value) for name, value in totals.items()}, "grad_norm": float(norm)}
+
+
+def micro_batch_loss(
+    student: Student,
+    teacher: Teacher | None,
+    objective: losses.Objective,
+    batch: Batch,
+    *,
+    denominator: int,
+    autocast: torch.dtype | None,
+) -> losses.Terms:
+    """Forward pass of one micro-batch: the student's body once, the teacher's states, the terms. No full logits are made."""
+    device = student.model.device.type
+    with torch.autocast(device, dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        layers = losses.student_layers(objective, student.lens.num_layers)
+        student_side = losses.Side(
+            _student_states(student.model, batch, layers), student.lens.head, student.lens.norm, student.lens.num_layers
+        )
+        teacher_side = None
+        if objective.needs_teacher and teacher is not None:
+            signal = teacher.source.signal(batch, losses.teacher_layers(objective, teacher.lens.num_layers))
+            teacher_side = losses.Side(signal.states, teacher.lens.head, teacher.lens.norm, teacher.lens.num_layers)
+        return losses.compute(
+            objective, student_side, teacher_side, batch.labels, denominator=denominator, projection=student.projection
+        )
+
+
+def _student_states(model: PreTrainedModel, batch: Batch, layers: Sequence[int]) -> losses.States:
+    output = model.base_model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True, use_cache=False
+    )
+    flat = {layer: output.hidden_states[layer].flatten(0, 1) for layer in layers}
+    return lambda layer, positions: flat[layer][positions]

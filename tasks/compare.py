@@ -1,0 +1,23 @@
+"""Task: put every evaluation into one comparison."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from pipeline.stages import compare as stage
+from pipeline.stages.compare import ComparePlan
+from pipeline.tracking import Tracker
+from tasks.record import track_stage
+
+
+@task(task_run_name="compare", cache_policy=NO_CACHE)
+def compare(plan: ComparePlan, tracker: Tracker) -> str:
+    """Write the comparison; returns its folder."""
+    artifact = stage.run(plan)
+    table = (artifact.path / "table.md").read_text(encoding="utf-8")
+    create_markdown_artifact(key=f"comparison-{plan.place.fingerprint}", description=plan.experiment.name, markdown=table)
+    run_id = track_stage(tracker, plan.experiment.name, plan.place, artifact)
+    tracker.log_files(run_id, [artifact.path / name for name in ("results.csv", "table.md", "report.html")], "comparison")
+    return str(artifact.path)

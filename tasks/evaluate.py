@@ -1,0 +1,34 @@
+"""Task: score one model on every benchmark."""
+
+from __future__ import annotations
+
+import pyarrow.parquet as parquet
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from pipeline.stages import evaluate as stage
+from pipeline.stages.compare import Trial, trial_rows
+from pipeline.tracking import Tracker
+from tasks.record import show_artifact
+
+_TABLE_ROWS = 200
+
+
+@task(task_run_name="evaluate {trial.name}", cache_policy=NO_CACHE)
+def evaluate(trial: Trial, run_id: str, tracker: Tracker) -> dict[str, float]:
+    """Generate and score, loading the model once and only if something is missing; returns the final scores."""
+    missing = [plan for plan in trial.evaluations if plan.place.existing() is None]
+    loaded = stage.load_subject(missing[0].subject) if missing else None
+    for plan in trial.evaluations:
+        artifact = plan.place.existing() or stage.run(plan, loaded or stage.load_subject(plan.subject))
+        show_artifact(plan.place, artifact)
+        rows = parquet.read_table(artifact.path / stage.GENERATIONS).slice(0, _TABLE_ROWS).to_pydict()
+        rows["references"] = ["\n---\n".join(references) for references in rows["references"]]
+        tracker.log_table(run_id, rows, f"generations/{plan.benchmark.name}.json")
+    scores: dict[str, float] = {}
+    for row in trial_rows(trial):
+        scores[f"eval/{row.benchmark}/{row.metric}"] = row.mean
+        if row.std is not None:
+            scores[f"eval/{row.benchmark}/{row.metric}_decoding_std"] = row.std
+    tracker.log_metrics(run_id, scores)
+    return scores

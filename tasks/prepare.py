@@ -1,0 +1,19 @@
+"""Task: tokenise rows."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from pipeline.stages import prepare as stage
+from pipeline.stages.prepare import BenchmarkPlan, TrainingDataPlan
+from pipeline.tracking import Tracker
+from tasks.record import show_artifact, track_stage
+
+
+@task(task_run_name="{plan.place.label}", cache_policy=NO_CACHE)
+def prepare(plan: TrainingDataPlan | BenchmarkPlan, experiment: str, tracker: Tracker) -> str:
+    """Tokenise training rows or one benchmark; returns the stage run's id."""
+    artifact = stage.run(plan) if isinstance(plan, TrainingDataPlan) else stage.run_benchmark(plan)
+    show_artifact(plan.place, artifact)
+    return track_stage(tracker, experiment, plan.place, artifact)

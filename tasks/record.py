@@ -1,0 +1,43 @@
+"""What a task tells about its artifact: a page in the Prefect UI and a run in the stages' MLflow experiment."""
+
+from __future__ import annotations
+
+from prefect.artifacts import create_markdown_artifact
+
+from pipeline.artifacts import Artifact
+from pipeline.stages.place import Place
+from pipeline.tracking import RunFacts, Tracker, flatten
+
+
+def stage_experiment(experiment: str) -> str:
+    """Name of the sibling experiment of stage runs; kept apart so that they do not hide the trials."""
+    return f"{experiment} · stages"
+
+
+def show_artifact(place: Place, artifact: Artifact) -> None:
+    """A page in the Prefect UI: where the artifact is, what it was made from and what it counts."""
+    manifest = artifact.manifest
+    counts = "\n".join(f"| {name} | {value} |" for name, value in flatten(manifest.counts).items())
+    create_markdown_artifact(
+        key=f"{place.stage}-{place.fingerprint}".replace("_", "-"),
+        description=place.label,
+        markdown=f"`{artifact.path}`\n\nfingerprint `{artifact.fingerprint}`, {manifest.seconds:.1f} s\n\n| count | value |\n| --- | --- |\n{counts}\n",
+    )
+
+
+def track_stage(tracker: Tracker, experiment: str, place: Place, artifact: Artifact) -> str:
+    """A run in the stages' experiment; returns its id, to be linked from the trials."""
+    run_id = tracker.start(
+        RunFacts(
+            key=f"{place.stage}/{place.fingerprint}",
+            name=place.label,
+            experiment=stage_experiment(experiment),
+            params=flatten(place.recipe),
+            tags={"stage": place.stage, "fingerprint": place.fingerprint, "artifact": str(artifact.path), **{f"upstream.{k}": v for k, v in place.upstream.items()}},
+        )
+    )
+    numbers = {name: value for name, value in flatten(artifact.manifest.counts).items() if isinstance(value, (int, float))}
+    tracker.log_metrics(run_id, {**numbers, "seconds": artifact.manifest.seconds})
+    tracker.log_files(run_id, [artifact.path / "manifest.json"], "stage")
+    tracker.finish(run_id, "FINISHED")
+    return run_id

@@ -1,0 +1,32 @@
+"""Layer maps."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import ConfigError
+from pipeline.models.layers import check_pairs, provenance_pairs, uniform_pairs
+
+
+def test_the_papers_pairs() -> None:
+    assert uniform_pairs(3, 12, 48, "x") == ((3, 12), (6, 24), (9, 36))
+    assert uniform_pairs(5, 12, 48, "x") == ((2, 8), (4, 16), (6, 24), (8, 32), (10, 40))
+    assert uniform_pairs(5, 20, 30, "x") == ((3, 5), (7, 11), (10, 15), (13, 20), (17, 26))
+
+
+def test_provenance_follows_the_dropped_block() -> None:
+    origin = [0, 1, 2, 3, 8, 9, 10]
+    assert provenance_pairs(2, origin, "x") == ((2, 2), (4, 8))
+
+
+def test_too_many_pairs() -> None:
+    with pytest.raises(ConfigError, match="methods.d.lens.pairs: 5 pairs, but a student of 4 layers has 3"):
+        uniform_pairs(5, 4, 8, "methods.d.lens.pairs")
+
+
+def test_explicit_pairs_are_checked_all_at_once() -> None:
+    assert check_pairs([(0, 0), (4, 8)], 4, 8, "x") == ((0, 0), (4, 8))
+    with pytest.raises(ConfigError) as caught:
+        check_pairs([(5, 2), (1, 9), (-1, 0)], 4, 8, "m")
+    assert len(caught.value.problems) == 3
+    assert "m[0]: student layer 5 does not exist, the student has layers 0 (embeddings) to 4" in caught.value.problems
