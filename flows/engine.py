@@ -20,6 +20,7 @@ def configure_prefect(run_dir: Path) -> None:
     if users_server() is not None:
         return
     home = run_dir.resolve() / ".prefect"
+    home.mkdir(parents=True, exist_ok=True)
     defaults = {
         "PREFECT_HOME": str(home),
         "PREFECT_LOCAL_STORAGE_PATH": str(home / "results"),
@@ -28,7 +29,8 @@ def configure_prefect(run_dir: Path) -> None:
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "0.2",
-        "PREFECT_LOGGING_LEVEL": "WARNING",
+        # The stages log for themselves, and the command line prints one message for an expected failure.
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

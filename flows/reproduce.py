@@ -12,7 +12,9 @@ from pipeline.artifacts import text_digest
 from pipeline.config import load_experiment
 from pipeline.plan import Plan, plan_experiment
 from pipeline.stages.compare import Trial, git_commit
-from pipeline.tracking import DataInput, RunFacts, Tracker, flatten, tracked
+from pipeline.stages.prepare import RowsPlan
+from pipeline.tracked import mark_tracked
+from pipeline.tracking import DataInput, MLflowTracker, RunFacts, Tracker, flatten, tracked
 from tasks.cache import cache_teacher
 from tasks.compare import compare
 from tasks.evaluate import evaluate
@@ -34,10 +36,11 @@ def reproduce(config: str, overrides: list[str], run_dir: str, until: str = "com
         run_dir: where everything goes.
         until: last stage to run, one of STAGES.
     """
-    from pipeline.tracking import MLflowTracker
-
     plan = plan_experiment(load_experiment(Path(config), overrides), Path(run_dir))
-    run_stages(plan, MLflowTracker(plan.run_dir, plan.experiment.name), until)
+    tracker = MLflowTracker(plan.run_dir, plan.experiment.name)
+    run_stages(plan, tracker, until)
+    if until == STAGES[-1] and not tracker.failures:
+        mark_tracked(plan)
 
 
 def run_stages(plan: Plan, tracker: Tracker, until: str) -> None:
@@ -64,7 +67,10 @@ def run_stages(plan: Plan, tracker: Tracker, until: str) -> None:
 
 def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, str], evaluates: bool) -> None:
     """One row of the comparison, as one flat run."""
-    run_id = tracker.start(trial_facts(plan, trial, stage_runs))
+    facts = trial_facts(plan, trial, stage_runs)
+    if tracker.delivered(facts.key) is not None:
+        return
+    run_id = tracker.start(facts)
     with tracked(tracker, run_id):
         if trial.train is not None:
             train(trial.train, run_id, tracker)
@@ -82,8 +88,9 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFact
         params |= flatten(trial.train.config.model_dump(mode="json", exclude={"alpha"}), "method.")
         params |= flatten(experiment.train.model_dump(mode="json", exclude={"seeds"}), "train.")
     fingerprints = {plan.benchmark.name: plan.place.fingerprint for plan in trial.evaluations}
-    inputs = [_data_input(plan.data.train, plan.data.place, "train", "training")] if trial.train else []
-    inputs += [_data_input(b.rows, b.place, b.name, "evaluation") for b in plan.benchmarks]
+    inputs = [_data_input(b.rows, b.name, b.place.open().manifest.counts["kept"], "evaluation") for b in plan.benchmarks]
+    if trial.train is not None:
+        inputs.append(_data_input(plan.data.train, "train", plan.data.place.open().manifest.counts["train"]["kept"], "training"))
     return RunFacts(
         key=text_digest(repr([trial.name, trial.train and trial.train.place.fingerprint, sorted(fingerprints.items())]))[:16],
         name=trial.name,
@@ -101,5 +108,5 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFact
     )
 
 
-def _data_input(rows: RowsPlan, place: Place, name: str, context: str) -> DataInput:
-    return DataInput(name, rows.digest, rows.describe(), int(place.open().manifest.counts[ROWS[context]]), context)
+def _data_input(rows: RowsPlan, name: str, count: int, context: str) -> DataInput:
+    return DataInput(name, text_digest(repr(rows.identity())), rows.describe(), count, context)

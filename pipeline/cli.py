@@ -56,8 +56,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def reproduce(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOption = RUNS) -> None:  # noqa: B006
     """Run a whole experiment and print its comparison; what is already done is reused."""
+    from pipeline.plan import check_inputs
+
     plan = _plan(config, overrides, run_dir)
     if not _already_done(plan):
+        check_inputs(plan)
         _run_flow(config, overrides, run_dir, "compare")
     _print_comparison(plan)
 
@@ -115,8 +118,11 @@ def validate(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirO
     from rich.console import Console
 
     from pipeline.estimate import plan_table
+    from pipeline.plan import check_inputs
 
-    Console().print(plan_table(_plan(config, overrides, run_dir)))
+    plan = _plan(config, overrides, run_dir)
+    check_inputs(plan)
+    Console().print(plan_table(plan))
 
 
 @app.command()
@@ -157,16 +163,20 @@ def _already_done(plan: Plan) -> bool:
 
 
 def _run_until(stage: str, config: Path, overrides: list[str], run_dir: Path) -> None:
+    from pipeline.plan import check_inputs
+
     plan = _plan(config, overrides, run_dir)
     if _already_done(plan):
         print("nothing to do: this experiment is finished")
         return
+    check_inputs(plan)
     _run_flow(config, overrides, run_dir, stage)
 
 
 def _run_flow(config: Path, overrides: list[str], run_dir: Path, until: str) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
     from flows.engine import configure_prefect
+
+    run_dir.mkdir(parents=True, exist_ok=True)
 
     configure_prefect(run_dir)
     from flows.reproduce import reproduce as flow
@@ -187,3 +197,7 @@ def _print_comparison(plan: Plan) -> None:
         console.print(f"  {note}", style="dim", highlight=False)
     console.print(f"\nreport:  {plan.comparison.place.path / 'report.html'}\ntable:   {plan.comparison.place.path / 'results.csv'}", highlight=False)
     console.print(f"MLflow:  distilllens ui --run-dir {plan.run_dir}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

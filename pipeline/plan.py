@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.experiment import Experiment
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, DataError
+from pipeline.models.lens import check_vocabulary_sizes
+from pipeline.models.load import load_tokenizer
 from pipeline.stages import cache, compare, evaluate, import_model, prepare, student, train
 from pipeline.stages.cache import CachePlan
 from pipeline.stages.compare import ComparePlan, Trial
@@ -115,3 +117,24 @@ def _plan_cache(
     return cache.plan_cache(experiment.cache, tuple(sorted(layers | set(experiment.cache.extra_layers))), teacher, data, root)
 
 
+
+
+def check_inputs(plan: Plan) -> None:
+    """Read every row and compare sizes before any work starts, so that bad input leaves nothing half-written.
+
+    Raises:
+        DataError: a file is malformed or empty, or has fewer rows than a batch.
+        ModelError: teacher and student have different vocabularies.
+    """
+    if plan.data.place.existing() is None:
+        rows = len(plan.data.train.read())
+        plan.data.dev.read()
+        if plan.experiment.train.batch_size > rows:
+            raise DataError(f"train.batch_size: {plan.experiment.train.batch_size} rows, but data.train has only {rows}; lower it")
+    for benchmark in plan.benchmarks:
+        if benchmark.place.existing() is None:
+            benchmark.rows.read()
+    student, tokenizer = plan.student.own, plan.data.tokenizer
+    if student is not None and tokenizer.place is None:
+        size = len(load_tokenizer(tokenizer.folder()))
+        check_vocabulary_sizes(plan.models[0].config().vocab_size, student.config().vocab_size, size)

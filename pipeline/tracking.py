@@ -55,6 +55,10 @@ class RunFacts:
 class Tracker(Protocol):
     """Receives facts. Run ids are passed explicitly, never through a thread-local active run."""
 
+    def delivered(self, key: str) -> str | None:
+        """The id of the run with this key if everything about it was delivered before."""
+        ...
+
     def start(self, run: RunFacts) -> str:
         """Create the run, or find it again by its key; returns its id."""
         ...
@@ -90,6 +94,10 @@ class Tracker(Protocol):
 
 class NoTracker:
     """Tracks nothing."""
+
+    def delivered(self, key: str) -> str | None:
+        """See `Tracker`."""
+        return None
 
     def start(self, run: RunFacts) -> str:
         """See `Tracker`."""
@@ -137,7 +145,7 @@ class MLflowTracker:
 
         self._client = MlflowClient(self.uri)
         if self._state.get("uri") != self.uri:
-            self._state = {"uri": self.uri, "runs": {}}
+            self._state = {"uri": self.uri, "runs": {}, "finished": []}
 
     def start(self, run: RunFacts) -> str:
         """Create the run, or find it again by its key."""
@@ -152,10 +160,12 @@ class MLflowTracker:
         write_text_atomically(self._state_path, json.dumps(self._state, indent=1))
         return run_id
 
-    def is_finished(self, key: str) -> bool:
-        """Whether the run with this key was delivered completely."""
+    def delivered(self, key: str) -> str | None:
+        """The id of the run with this key if everything about it was delivered before and the store still has it."""
         run_id = self._state["runs"].get(key)
-        return run_id is not None and run_id in self._state.get("finished", [])
+        if run_id is None or run_id not in self._state["finished"] or not self._still_there(run_id):
+            return None
+        return str(run_id)
 
     def follow(self, run_id: str) -> Callable[[Path], None]:
         """Ship a growing metrics.jsonl from a background thread."""
@@ -204,7 +214,6 @@ class MLflowTracker:
         failures = len(self.failures)
         self._try("finish a run", lambda: self._client.set_terminated(run_id, status))
         if status == "FINISHED" and len(self.failures) == failures:
-            self._state.setdefault("finished", [])
             if run_id not in self._state["finished"]:
                 self._state["finished"].append(run_id)
             write_text_atomically(self._state_path, json.dumps(self._state, indent=1))

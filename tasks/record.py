@@ -27,9 +27,13 @@ def show_artifact(place: Place, artifact: Artifact) -> None:
 
 def track_stage(tracker: Tracker, experiment: str, place: Place, artifact: Artifact) -> str:
     """A run in the stages' experiment; returns its id, to be linked from the trials."""
+    key = f"{place.stage}/{place.fingerprint}"
+    known = tracker.delivered(key)
+    if known is not None:
+        return known
     run_id = tracker.start(
         RunFacts(
-            key=f"{place.stage}/{place.fingerprint}",
+            key=key,
             name=place.label,
             experiment=stage_experiment(experiment),
             params=flatten(place.recipe),

@@ -21,7 +21,7 @@ class Batch:
         example_ids: B ids.
         input_ids: [B, T] token ids; the last token of each row is only ever a label.
         attention_mask: [B, T] 1 for real tokens.
-        labels: [B, T], already shifted: labels[b, t] is the token that follows input_ids[b, t], IGNORE_INDEX outside the response.
+        labels: [B, T], already shifted: labels[b, t] is the token after input_ids[b, t], IGNORE_INDEX outside the response.
         response_positions: [N] row-major flat indices into [B·T] where labels is a response token.
         response_counts: response tokens of each row, in row order; sums to N.
     """
@@ -60,6 +60,9 @@ def collate(examples: Sequence[EncodedExample], pad_token_id: int, pad_to: int |
 
     Returns:
         The batch, T = longest row − 1 unless `pad_to` is given.
+
+    Raises:
+        ValueError: `pad_to` is too short, or a row lacks prompt or response tokens.
     """
     longest = max(len(example.input_ids) for example in examples) - 1
     width = longest if pad_to is None else pad_to
@@ -70,6 +73,11 @@ def collate(examples: Sequence[EncodedExample], pad_token_id: int, pad_to: int |
     attention_mask = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
     for row, example in enumerate(examples):
+        if not 0 < example.prompt_tokens < len(example.input_ids):
+            raise ValueError(
+                f"example {example.id}: {example.prompt_tokens} prompt tokens of {len(example.input_ids)}; "
+                "a row needs at least one prompt and one response token"
+            )
         ids = torch.tensor(example.input_ids, dtype=torch.long)
         length, first = len(ids) - 1, example.prompt_tokens - 1
         input_ids[row, :length] = ids[:-1]

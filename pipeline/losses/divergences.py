@@ -4,8 +4,8 @@ Every divergence is one small pure function, a `Divergence`: from log-probabilit
 value with respect to the student's log-probabilities. The public functions on logits and the fused objective
 (`pipeline.losses.fused`) both run on that one definition, so a new divergence is written once.
 
-Conventions, the same everywhere: teacher p first, student q second; logits or log-probabilities `[..., V]` in, nats `[...]` out;
-no mask, no weights, no temperature; the teacher is a constant (no gradient reaches it).
+Conventions, the same everywhere: teacher p first, student q second; logits or log-probabilities `[..., V]` in, nats `[...]`
+out; no mask, no weights, no temperature; the teacher is a constant (no gradient reaches it).
 
 Entries of probability zero (a logit of -inf in either model): 0 · log 0 = 0, and an entry whose term would be infinite
 (p > 0 = q in forward KL, q > 0 = p in reverse KL) takes no part in the sum, as in the official code, so values and
@@ -23,34 +23,39 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-Divergence: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(log_p [..., V], log_q [..., V]) -> (nats [...], d nats / d log_q [..., V]), both normalised, neither argument changed.
+LOG_ZERO = -1e30
+"""Stands for log 0, so that differences of log-probabilities stay finite; far below the logarithm of any other probability."""
 
-The derivative treats the entries of log_q as free variables. The normalisation is the caller's:
-d nats / d logits = g - softmax · sum(g).
+Divergence: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(log_p [..., V], log_q [..., V]) -> (nats [...], d nats / d log_q [..., V]).
+
+Both are normalised, at least LOG_ZERO, and stay unchanged. The derivative treats the entries of log_q as free variables; the
+normalisation is the caller's: d nats / d logits = g - softmax · sum(g).
 """
 
 
-def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
-    return torch.nan_to_num(log_a - log_b, nan=0.0, posinf=0.0, neginf=0.0)
+def log_probs(logits: Tensor) -> Tensor:
+    """Log-probabilities [..., V] of logits [..., V], at least LOG_ZERO; not differentiable."""
+    return logits.log_softmax(-1).clamp_(min=LOG_ZERO)
 
 
 def _kl_terms(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
-    """A and log(a / b), both zero where the term a · log(a / b) is left out."""
-    return log_a.exp().masked_fill(log_b == -math.inf, 0.0), _log_ratio(log_a, log_b)
+    """A and log(a / b), with a = 0 where the term a · log(a / b) is left out."""
+    b_is_positive = (log_b - LOG_ZERO).clamp_(max=1.0)
+    return log_a.exp().mul_(b_is_positive), log_a - log_b
 
 
 def forward_kl_terms(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q) = sum p · log(p / q) and its derivative -p. A `Divergence`."""
     p, log_ratio = _kl_terms(log_p, log_q)
-    return (p * log_ratio).sum(-1), -p
+    return log_ratio.mul_(p).sum(-1), p.neg_()
 
 
 def reverse_kl_terms(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p) = sum q · log(q / p) and its derivative q · (log(q / p) + 1). A `Divergence`."""
     q, log_ratio = _kl_terms(log_q, log_p)
-    value = q * log_ratio
-    return value.sum(-1), value + q
+    terms = log_ratio.mul_(q)
+    return terms.sum(-1), q.add_(terms)
 
 
 def jensen_shannon_terms(beta: float = 0.5) -> Divergence:
@@ -65,12 +70,21 @@ def jensen_shannon_terms(beta: float = 0.5) -> Divergence:
             "for the limits use forward_kl or reverse_kl)"
         )
 
+    offset, log_teacher_weight, log_student_weight = math.log((1.0 - beta) / beta), math.log(beta), math.log1p(-beta)
+
     def terms(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_mixture = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        teacher_part = log_p.exp() * _log_ratio(log_p, log_mixture)
-        # The derivative through the mixture cancels the one of q · log q, what remains is the student's own term.
-        student_part = log_q.exp() * _log_ratio(log_q, log_mixture) * (1.0 - beta)
-        return beta * teacher_part.sum(-1) + student_part.sum(-1), student_part
+        # log m = logaddexp(log beta·p, log (1 - beta)·q), taken relative to its larger part: subtracting log m itself would
+        # cost the last digits of logs of the size of log V.
+        gap = log_q - log_p
+        if offset != 0.0:
+            gap = gap.add_(offset)
+        above_larger = gap.abs().neg_().exp_().log1p_()
+        log_student_share = gap.clamp(max=0.0).sub_(above_larger)
+        log_teacher_share = torch.sub(log_student_share, gap, out=gap)
+        teacher_part = log_teacher_share.sub_(log_teacher_weight).mul_(log_p.exp()).sum(-1)
+        # The derivative through the mixture cancels the one of q · log q; what remains is the student's own term.
+        student_part = log_student_share.sub_(log_student_weight).mul_(log_q.exp()).mul_(1.0 - beta)
+        return student_part.sum(-1).add(teacher_part, alpha=beta), student_part
 
     return terms
 
@@ -82,7 +96,9 @@ def adaptive_kl_terms(mu: float = 0.5) -> Divergence:
         ValueError: mu is not strictly between 0 and 1.
     """
     if not 0.0 < mu < 1.0:
-        raise ValueError(f"mu of the adaptive KL divergence is {mu}; allowed: 0 < mu < 1 (share of the teacher's mass in the head)")
+        raise ValueError(
+            f"mu of the adaptive KL divergence is {mu}; allowed: 0 < mu < 1 (share of the teacher's mass in the head)"
+        )
 
     def terms(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         head_weight = _head_share_of_gap(log_p.exp(), log_q.exp(), mu)
@@ -165,16 +181,16 @@ def get_divergence(divergence: str | Divergence) -> Divergence:
 
 
 class _NatsOfLogProbs(torch.autograd.Function):
-    """A `Divergence` as a differentiable function of log_q."""
+    """A `Divergence` as a differentiable function of log_q, which may hold -inf."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
-        value, grad = divergence(log_p, log_q)
+        value, grad = divergence(log_p, log_q.clamp(min=LOG_ZERO))
         ctx.save_for_backward(grad)
         return value
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad_value: Tensor) -> tuple[None, Tensor, None]:
         (grad,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return None, grad * grad_value.unsqueeze(-1), None
@@ -204,9 +220,9 @@ def divergence_of_logits(divergence: Divergence, teacher_logits: Tensor, student
             f"teacher logits {list(teacher_logits.shape)} and student logits {list(student_logits.shape)} differ in shape; "
             "compare the common vocabulary prefix"
         )
-    log_p = at_least_float32(teacher_logits.detach()).log_softmax(-1)
+    log_p = log_probs(at_least_float32(teacher_logits.detach()))
     log_q = at_least_float32(student_logits).log_softmax(-1)
-    nats: Tensor = _NatsOfLogProbs.apply(log_p, log_q, divergence)
+    nats: Tensor = _NatsOfLogProbs.apply(log_p, log_q, divergence)  # type: ignore[no-untyped-call]
     return nats
 
 

@@ -100,7 +100,7 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
     return _child(model, _NORM_NAMES, "final norm")
 
 
-def check_vocabularies(teacher: Head, student: Head, tokenizer_size: int) -> int:
+def check_vocabulary_sizes(teacher: int, student: int, tokenizer: int) -> int:
     """The number of vocabulary entries that both heads share (hazard 7).
 
     Heads of different padded length are compared on the common prefix, as long as it covers the tokenizer.
@@ -108,11 +108,11 @@ def check_vocabularies(teacher: Head, student: Head, tokenizer_size: int) -> int
     Raises:
         ModelError: a head is smaller than the tokenizer, so the two do not speak the same vocabulary.
     """
-    common = min(teacher.weight.shape[0], student.weight.shape[0])
-    if common < tokenizer_size:
+    common = min(teacher, student)
+    if common < tokenizer:
         raise ModelError(
-            f"teacher and student vocabularies differ: the heads have {teacher.weight.shape[0]} and {student.weight.shape[0]} "
-            f"entries, the tokenizer has {tokenizer_size}; distillation on logits needs one tokenizer for both"
+            f"teacher and student vocabularies differ: the heads have {teacher} and {student} entries, the tokenizer has "
+            f"{tokenizer}; distillation on logits needs one tokenizer for both, choose a student of the teacher's family"
         )
     return common
 

@@ -56,6 +56,15 @@ class RowsPlan:
             raise DataError(f"data.held_out: {parts} asks for {sum(parts.values())} rows, but data.train has only {len(rows)}; lower them")
         return sources.split_examples(rows, parts, self.held_out.seed)[self.part]
 
+    def describe(self) -> str:
+        """Where the rows come from, for people."""
+        source = self.source
+        if isinstance(source, sources.LocalSource):
+            return str(source.path)
+        if isinstance(source, sources.BundledSource):
+            return f"pipeline/data/corpus/{source.name}.jsonl"
+        return f"hf://datasets/{source.repo}@{source.revision}/{source.file}"
+
     def identity(self) -> dict[str, Any]:
         """What goes into a recipe."""
         return {"rows": self.digest, "held_out": self.held_out.model_dump() if self.held_out else None, "part": self.part}

