@@ -25,14 +25,14 @@ def resolve_revision(repo: str, revision: str, repo_type: str, what: str) -> str
     if _COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         sha = HfApi().repo_info(repo, revision=revision, repo_type=repo_type, timeout=20).sha
         if sha:
             return str(sha)
         reason = "the hub names no commit"
-    except (HfHubHTTPError, OSError, RuntimeError, ValueError) as error:
+    # The client raises errors of its HTTP library, which differs between its versions: whatever it is, the user is told.
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     cached = _cached_commit(repo, revision, repo_type)
     if cached:

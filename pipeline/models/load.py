@@ -13,11 +13,14 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from pipeline.artifacts import file_digest
 from pipeline.errors import ModelError
 
 log = logging.getLogger(__name__)
+# Their bars over loading tensors would run between ours.
+transformers_logging.disable_progress_bar()
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _GGUF_MAGIC = b"GGUF"
 
@@ -98,11 +101,11 @@ def fetch(location: ModelLocation, what: str) -> Path:
     if location.folder is not None:
         return location.folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(location.repo, revision=location.revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    # The client raises errors of its HTTP library, which differs between its versions: whatever it is, the user is told.
+    except Exception as error:
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"{what}: cannot fetch {location.repo}@{location.revision} ({reason}); check the name and the network, "

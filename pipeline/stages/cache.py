@@ -12,6 +12,7 @@ import torch
 
 from pipeline.artifacts import Artifact, peek
 from pipeline.config.methods import CacheConfig
+from pipeline.data.prompts import template_id
 from pipeline.data.tokenize import read_encoded
 from pipeline.models import load
 from pipeline.models.lens import LogitLens, load_lens, logit_lens
@@ -63,7 +64,7 @@ def plan_cache(config: CacheConfig, layers: tuple[int, ...], teacher: ModelPlan,
     where = place(root, "cache", VERSION, "cache teacher states", {**base, "layers": list(chosen)}, upstream)
     key = CacheKey(
         teacher=teacher.digest, tokenizer=data.tokenizer.digest, dataset=data.place.fingerprint,
-        template=data.config.template, layers=chosen, dtype=config.dtype, max_tokens=data.config.max_tokens,
+        template=template_id(data.config.template), layers=chosen, dtype=config.dtype, max_tokens=data.config.max_tokens,
     )  # fmt: skip
     return CachePlan(where, key, config, teacher, data)
 
@@ -95,7 +96,7 @@ def run(plan: CachePlan) -> Artifact:
 def planned_bytes(plan: CachePlan, rows: int, response_tokens: int) -> int:
     """Bytes that the cache will take."""
     width = plan.teacher.config().hidden_size
-    return estimate_bytes(response_tokens, rows, plan.key.layers, width, plan.key.dtype)
+    return estimate_bytes(response_tokens, rows, plan.key.layers, width, plan.key.dtype, batch_size=plan.config.batch_size)
 
 
 def open_teacher(plan: CachePlan | None, teacher: ModelPlan, device: torch.device) -> tuple[TeacherSource, LogitLens]:

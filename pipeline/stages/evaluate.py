@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.artifacts import Artifact, write_text_atomically
-from pipeline.config.methods import Decoding, Evaluation
+from pipeline.config.methods import Evaluation
 from pipeline.data.tokenize import read_prompts
 from pipeline.evaluation.generate import DecodingProtocol
 from pipeline.evaluation.runner import evaluate_benchmark
@@ -80,24 +80,13 @@ def run(plan: EvaluatePlan, loaded: LoadedModel) -> Artifact:
         prompts = list(read_prompts(plan.benchmark.place.open().path / PROMPTS))
         with progress(plan.place.label, len(prompts) * len(plan.seeds), "generations") as advance:
             scores = evaluate_benchmark(
-                loaded.model, loaded.tokenizer, prompts, protocol(plan.evaluation.decoding), plan.seeds,
+                loaded.model, loaded.tokenizer, prompts, DecodingProtocol(**plan.evaluation.decoding.model_dump()), plan.seeds,
                 plan.evaluation.batch_size, folder / GENERATIONS, advance,
             )  # fmt: skip
         write_text_atomically(folder / SCORES, json.dumps(asdict(scores)))
         return {"rows": len(prompts), "generations": len(prompts) * len(plan.seeds)}
 
     return build(plan.place, work)
-
-
-def protocol(decoding: Decoding) -> DecodingProtocol:
-    """The configured decoding as the generator takes it."""
-    return DecodingProtocol(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=decoding.do_sample,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        no_repeat_ngram_size=decoding.no_repeat_ngram_size,
-    )
 
 
 def read_scores(artifact: Path) -> dict[str, Any]:

@@ -136,12 +136,12 @@ def run(plan: TrainingDataPlan) -> Artifact:
     def work(folder: Path) -> Mapping[str, Any]:
         tokenizer = load_tokenizer(plan.tokenizer.folder())
         config = plan.config
-        limits = {"max_prompt_tokens": config.max_prompt_tokens, "overlong": config.overlong}
         counts: dict[str, Any] = {}
         for name, rows, file in (("train", plan.train.read(), TRAIN), ("dev", plan.dev.read(), DEV)):
             with progress(f"tokenise {name}", len(rows), "rows") as advance:
                 encoded, found = tokenize.encode_training(
-                    rows, tokenizer, config.template, max_tokens=config.max_tokens, progress=advance, **limits
+                    rows, tokenizer, config.template, max_prompt_tokens=config.max_prompt_tokens,
+                    max_tokens=config.max_tokens, overlong=config.overlong, progress=advance,
                 )
             _require_rows(encoded, getattr(plan, name).what, found)
             tokenize.write_encoded(folder / file, encoded)
@@ -150,7 +150,9 @@ def run(plan: TrainingDataPlan) -> Artifact:
                 "tokens": sum(len(row.input_ids) for row in encoded),
                 "response_tokens": sum(len(row.input_ids) - row.prompt_tokens for row in encoded),
             }
-        dev_prompts, _ = tokenize.encode_prompts(plan.dev.read(), tokenizer, config.template, **limits)
+        dev_prompts, _ = tokenize.encode_prompts(
+            plan.dev.read(), tokenizer, config.template, max_prompt_tokens=config.max_prompt_tokens, overlong=config.overlong
+        )
         tokenize.write_prompts(folder / DEV_PROMPTS, dev_prompts)
         return counts
 

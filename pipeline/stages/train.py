@@ -29,6 +29,7 @@ from pipeline.config.methods import (
 from pipeline.data.tokenize import EncodedDataset, read_encoded, read_prompts
 from pipeline.errors import ConfigError
 from pipeline.evaluation.dev import dev_loss, dev_rouge
+from pipeline.evaluation.generate import DecodingProtocol
 from pipeline.losses.objective import FeatureTerm, LayerPair, LensTerm, Objective, new_projection, teacher_layers
 from pipeline.models import layers as layer_maps
 from pipeline.models import load
@@ -292,7 +293,7 @@ def _validate(plan: TrainPlan, student: Student, tokenizer: Any) -> dict[str, fl
     scores = {"dev/loss": dev_loss(student.model, student.lens, chosen, validation.batch_size, _pad_id(tokenizer))}
     if validation.select == "rouge_l":
         scores["dev/rouge_l"] = dev_rouge(
-            student.model, tokenizer, prompts, protocol(validation.decoding), validation.seed, validation.batch_size
+            student.model, tokenizer, prompts, DecodingProtocol(**validation.decoding.model_dump()), validation.seed, validation.batch_size
         )
     return scores
 

@@ -44,7 +44,7 @@ class OnlineTeacher:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model.eval()
+        self._model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
 
     @property
     def num_layers(self) -> int:

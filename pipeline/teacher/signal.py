@@ -8,7 +8,6 @@ from typing import Protocol
 from torch import Tensor
 
 from pipeline.data.collate import Batch
-from pipeline.losses.head import Head
 
 
 class TeacherSignal(Protocol):
@@ -32,11 +31,6 @@ class TeacherSignal(Protocol):
 
 class TeacherSource(Protocol):
     """Supplies the signal of each batch. Implemented by `online.OnlineTeacher` and `cache.reader.CachedTeacher`."""
-
-    @property
-    def head(self) -> Head:
-        """The teacher's output head."""
-        ...
 
     @property
     def num_layers(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def load(folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> Pr
         _restore_optimizer(optimizer, load_file(folder / _OPTIMIZER), state["optimizer"])
         _restore_rng(load_file(folder / _RNG))
         return Progress(**state["progress"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{folder}: damaged checkpoint ({error}); remove the folder to train from the start") from None
 
 

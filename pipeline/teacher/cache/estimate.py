@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +10,20 @@ from pathlib import Path
 from pipeline.errors import ArtifactError
 from pipeline.teacher.cache.schema import STORAGE
 
-_BYTES_PER_ROW = 32
-"""Id, its offset, and the row's share of a record batch's metadata."""
-_BYTES_PER_LIST = 16
-"""Offset and padding of one row in one column, with its share of the column's metadata."""
+# Arrow IPC, per record batch: message and footer entry, 16 bytes per field node and per buffer, buffers padded to 8 bytes.
+_ROW = 16 + 4 + 4
+"""An id of 16 characters, its offset and the row's token count."""
+_LIST = 8
+"""Offset of one row in one list column."""
+_RECORD_BATCH = 300
+_VECTOR_COLUMN = (3 + 5) * 16 + 16
+_SCALE_COLUMN = (2 + 4) * 16 + 16
 
 
-def estimate_bytes(response_tokens: int, rows: int, layers: Sequence[int], width: int, dtype: str) -> int:
-    """Bytes on disk of a cache, within 2 % where a row has at least a few kilobytes of states.
+def estimate_bytes(
+    response_tokens: int, rows: int, layers: Sequence[int], width: int, dtype: str, *, batch_size: int = 8
+) -> int:
+    """Bytes on disk of a cache, within 2 %.
 
     Args:
         response_tokens: of all rows together.
@@ -24,12 +31,13 @@ def estimate_bytes(response_tokens: int, rows: int, layers: Sequence[int], width
         layers: cached layers.
         width: d_T, the teacher's hidden size.
         dtype: storage type.
+        batch_size: rows of a record batch, that is of a teacher forward pass during capture.
     """
     storage = STORAGE[dtype]
     per_token = width * storage.bytes_per_value + (4 if storage.scaled else 0)
-    lists = 2 if storage.scaled else 1
-    per_row = _BYTES_PER_ROW + len(layers) * lists * _BYTES_PER_LIST
-    return response_tokens * len(layers) * per_token + rows * per_row
+    per_row = _ROW + len(layers) * (2 if storage.scaled else 1) * _LIST
+    per_batch = _RECORD_BATCH + len(layers) * (_VECTOR_COLUMN + (_SCALE_COLUMN if storage.scaled else 0))
+    return response_tokens * len(layers) * per_token + rows * per_row + math.ceil(rows / batch_size) * per_batch
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:

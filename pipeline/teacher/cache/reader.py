@@ -81,7 +81,7 @@ class CachedTeacher:
 
     def __init__(self, folder: Path, expected: CacheKey, *, num_layers: int, device: torch.device) -> None:
         ledger = _open_ledger(folder)
-        check_key(ledger.key, expected, folder)
+        check_key(ledger.key, expected, folder, more_layers=True)
         if ledger.num_layers != num_layers:
             raise CacheMismatchError(f"{folder}: num_layers: cache has {ledger.num_layers}, expected {num_layers}")
         _verify(folder, ledger)

@@ -81,8 +81,14 @@ STORAGE = {
 }
 
 
-def check_key(found: CacheKey, expected: CacheKey, where: Path) -> None:
+def check_key(found: CacheKey, expected: CacheKey, where: Path, *, more_layers: bool) -> None:
     """Compare a cache's key with the expected one.
+
+    Args:
+        found: the cache's.
+        expected: what is asked for.
+        where: the cache's folder.
+        more_layers: whether the cache may hold further layers.
 
     Raises:
         CacheMismatchError: one line for each difference.
@@ -90,10 +96,8 @@ def check_key(found: CacheKey, expected: CacheKey, where: Path) -> None:
     problems = []
     for field in fields(CacheKey):
         held, wanted = getattr(found, field.name), getattr(expected, field.name)
-        if field.name == "layers":
-            if not set(wanted) <= set(held):
-                problems.append(f"layers: cache has {list(held)}, expected {list(wanted)}")
-        elif held != wanted:
+        serves = field.name == "layers" and more_layers and set(wanted) <= set(held)
+        if held != wanted and not serves:
             problems.append(f"{field.name}: cache has {held}, expected {wanted}")
     if problems:
         raise CacheMismatchError(
@@ -217,7 +221,9 @@ def read_ledger(folder: Path) -> Ledger | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{path}: not a cache ledger ({error}); remove {folder} and capture again") from None
-    raise ArtifactError(f"{path}: layout version {layout}, this program reads {LAYOUT_VERSION}; remove {folder} and capture again")
+    raise ArtifactError(
+        f"{path}: layout version {layout}, this program reads {LAYOUT_VERSION}; remove {folder} and capture again"
+    )
 
 
 def verify_shard(folder: Path, facts: ShardFacts, fix: str) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,9 +32,7 @@ from pipeline.teacher.cache.schema import (
     ShardFacts,
     check_key,
     encode,
-    layer_column,
     read_ledger,
-    scale_column,
     shard_schema,
     verify_shard,
     write_ledger,
@@ -112,12 +110,12 @@ def capture(
     remaining = [example for example in planned if example.id not in done]
     report = progress or (lambda _: None)
     report(len(planned) - len(remaining))
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     with _ShardWriter(folder, ledger, shard_bytes) as writer:
         for start in range(0, len(remaining), batch_size):
             rows = remaining[start : start + batch_size]
             batch = collate(rows, pad_token_id)
-            writer.add(_record_batch(batch, _states(model, batch.to(device), key), key))
+            writer.add(_record_batch(batch, _states(model, batch.to(device), key), key, ledger.width))
             report(len(rows))
         shards = writer.finish()
     return CaptureCounts(
@@ -138,8 +136,7 @@ def merge_parts(folders: Sequence[Path], target: Path) -> None:
     """
     ledgers = [_finished(folder) for folder in folders]
     for folder, ledger in zip(folders, ledgers, strict=True):
-        check_key(ledger.key, ledgers[0].key, folder)
-        check_key(ledgers[0].key, ledger.key, folders[0])
+        check_key(ledger.key, ledgers[0].key, folder, more_layers=False)
     found = sorted(ledger.part for ledger in ledgers)
     wanted = [(index, ledgers[0].part[1]) for index in range(ledgers[0].part[1])]
     if found != wanted:
@@ -149,7 +146,7 @@ def merge_parts(folders: Sequence[Path], target: Path) -> None:
         for shard in ledger.shards:
             verify_shard(folder, shard, f"remove {folder} and capture that part again")
             _link(folder / shard.file, target / shard.file)
-    shards = tuple(shard for _, ledger in sorted(zip(found, sorted(ledgers, key=lambda x: x.part), strict=True)) for shard in ledger.shards)
+    shards = tuple(shard for ledger in sorted(ledgers, key=lambda ledger: ledger.part) for shard in ledger.shards)
     write_ledger(target, replace(ledgers[0], part=(0, 1), shards=shards))
 
 
@@ -165,7 +162,7 @@ def _ordered(examples: Sequence[EncodedExample], part: tuple[int, int]) -> list[
     seen: set[str] = set()
     for example in chosen:
         if example.id in seen:
-            raise DataError(f"example id {example.id!r} occurs twice; a teacher cache is keyed by id, so remove the duplicate row")
+            raise DataError(f"example id {example.id!r} occurs twice; a teacher cache is keyed by id: remove the duplicate row")
         seen.add(example.id)
     return chosen
 
@@ -179,12 +176,11 @@ def _resume(folder: Path, fresh: Ledger) -> Ledger:
     ledger = read_ledger(folder)
     if ledger is None:
         ledger = fresh
-    check_key(ledger.key, fresh.key, folder)
-    check_key(fresh.key, ledger.key, folder)
+    check_key(ledger.key, fresh.key, folder, more_layers=False)
     for name in ("part", "num_layers", "width"):
         held, wanted = getattr(ledger, name), getattr(fresh, name)
         if held != wanted:
-            raise CacheMismatchError(f"{folder}: {name}: capture has {held}, expected {wanted}; remove the folder to begin anew")
+            raise CacheMismatchError(f"{folder}: {name}: capture has {held}, expected {wanted}; use another folder")
     present = tuple(shard for shard in ledger.shards if (folder / shard.file).exists())
     for shard in present:
         verify_shard(folder, shard, "remove that file and run again: only its rows are captured anew")
@@ -201,7 +197,7 @@ def _resume(folder: Path, fresh: Ledger) -> Ledger:
 def _finished(folder: Path) -> Ledger:
     ledger = read_ledger(folder)
     if ledger is None or not ledger.finished:
-        raise ArtifactError(f"{folder}: no finished capture there; run the capture of that part again, it goes on where it stopped")
+        raise ArtifactError(f"{folder}: no finished capture there; run that part's capture again, it goes on where it stopped")
     return ledger
 
 
@@ -220,12 +216,12 @@ def _states(model: PreTrainedModel, batch: Batch, key: CacheKey) -> dict[int, Te
         return layer_states(model, batch, key.layers, batch.response_positions)
     except torch.OutOfMemoryError as error:
         rows, width = batch.input_ids.shape
-        raise ModelError(f"no memory for a teacher batch of {rows} rows × {width} tokens; set cache.batch_size lower") from error
+        message = f"no memory for a teacher batch of {rows} rows × {width} tokens; set cache.batch_size lower"
+        raise ModelError(message) from error
 
 
-def _record_batch(batch: Batch, states: dict[int, Tensor], key: CacheKey) -> pa.RecordBatch:
+def _record_batch(batch: Batch, states: Mapping[int, Tensor], key: CacheKey, width: int) -> pa.RecordBatch:
     offsets = np.concatenate([[0], np.cumsum(batch.response_counts)]).astype(np.int64)
-    width = states[key.layers[0]].shape[1] if states else 0
     columns: list[pa.Array] = [pa.array(batch.example_ids), pa.array(batch.response_counts, pa.int32())]
     for layer in key.layers:
         try:
@@ -242,7 +238,7 @@ def _record_batch(batch: Batch, states: dict[int, Tensor], key: CacheKey) -> pa.
 def _does_not_fit(layer: int, magnitude: str, batch: Batch, dtype: str) -> ArtifactError | ModelError:
     rows = ", ".join(batch.example_ids[:3]) + (", …" if len(batch.example_ids) > 3 else "")
     if magnitude in ("nan", "inf"):
-        return ModelError(f"teacher layer {layer}: states are not finite (rows {rows}); load the teacher in float32 or bfloat16")
+        return ModelError(f"teacher layer {layer}: states are not finite (rows {rows}); load the teacher in float32")
     return ArtifactError(
         f"teacher layer {layer}: a state of magnitude {magnitude} does not fit {dtype} (rows {rows}); set cache.dtype: bfloat16"
     )
@@ -335,9 +331,7 @@ class _OpenShard:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         self._stream.close()
-        facts = ShardFacts(
-            self._path.name, self._rows, self._tokens, self._partial.stat().st_size, file_digest(self._partial)
-        )
+        facts = ShardFacts(self._path.name, self._rows, self._tokens, self._partial.stat().st_size, file_digest(self._partial))
         os.replace(self._partial, self._path)
         return facts
 
