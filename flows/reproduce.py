@@ -90,7 +90,9 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFact
     fingerprints = {plan.benchmark.name: plan.place.fingerprint for plan in trial.evaluations}
     inputs = [_data_input(b.rows, b.name, b.place.open().manifest.counts["kept"], "evaluation") for b in plan.benchmarks]
     if trial.train is not None:
-        inputs.append(_data_input(plan.data.train, "train", plan.data.place.open().manifest.counts["train"]["kept"], "training"))
+        inputs.append(
+            _data_input(plan.data.train, "train", plan.data.place.open().manifest.counts["train"]["kept"], "training")
+        )
     return RunFacts(
         key=text_digest(repr([trial.name, trial.train and trial.train.place.fingerprint, sorted(fingerprints.items())]))[:16],
         name=trial.name,

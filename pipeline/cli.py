@@ -22,8 +22,12 @@ app = typer.Typer(
     help="Reproduce DistillLens and compare distillation methods.",
 )  # fmt: skip
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="Experiment file (YAML).")]
-SetOption = Annotated[list[str], typer.Option("--set", metavar="PATH=VALUE", help="Override a setting by its dotted path; repeatable.")]
-RunDirOption = Annotated[Path, typer.Option("--run-dir", metavar="DIR", help="Where artifacts, tracking store and comparison go.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="PATH=VALUE", help="Override a setting by its dotted path; repeatable.")
+]
+RunDirOption = Annotated[
+    Path, typer.Option("--run-dir", metavar="DIR", help="Where artifacts, tracking store and comparison go.")
+]
 RUNS = Path("runs")
 
 
@@ -109,7 +113,9 @@ def compare(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOp
     plan = _plan(config, overrides, run_dir)
     missing = [place.label for place in plan.places() if place.stage == "evaluate" and place.existing() is None]
     if missing:
-        raise ConfigError(f"compare: {len(missing)} evaluations are missing, the first is {missing[0]!r}; run `distilllens reproduce` first")
+        raise ConfigError(
+            f"compare: {len(missing)} evaluations are missing, the first is {missing[0]!r}; run `distilllens reproduce` first"
+        )
     stage.run(plan.comparison)
     _print_comparison(plan)
 
@@ -133,7 +139,9 @@ def ui(run_dir: RunDirOption = RUNS, port: Annotated[int, typer.Option(help="Loo
     from pipeline.tracking import configure_mlflow
 
     if not (run_dir / "mlflow.db").is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
-        raise ConfigError(f"--run-dir: {run_dir} has no mlflow.db; run `distilllens reproduce CONFIG --run-dir {run_dir}` first")
+        raise ConfigError(
+            f"--run-dir: {run_dir} has no mlflow.db; run `distilllens reproduce CONFIG --run-dir {run_dir}` first"
+        )
     store = configure_mlflow(run_dir)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     print(f"MLflow UI: http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning (Ctrl-C ends it)", flush=True)
@@ -155,7 +163,9 @@ def _check_run_dir(run_dir: Path) -> None:
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"--run-dir: {run_dir} cannot be written (no write permission in {existing}); choose another with --run-dir")
+        raise ConfigError(
+            f"--run-dir: {run_dir} cannot be written (no write permission in {existing}); choose another with --run-dir"
+        )
 
 
 def _already_done(plan: Plan) -> bool:
@@ -197,7 +207,10 @@ def _print_comparison(plan: Plan) -> None:
     console.print(terminal_table(table(result_rows(trial_scores(plan.comparison.trials))), f"{plan.experiment.name}: ROUGE-L"))
     for note in reading_notes(plan.comparison):
         console.print(f"  {note}", style="dim", highlight=False)
-    console.print(f"\nreport:  {plan.comparison.place.path / 'report.html'}\ntable:   {plan.comparison.place.path / 'results.csv'}", highlight=False)
+    console.print(
+        f"\nreport:  {plan.comparison.place.path / 'report.html'}\ntable:   {plan.comparison.place.path / 'results.csv'}",
+        highlight=False,
+    )
     console.print(f"MLflow:  distilllens ui --run-dir {plan.run_dir}", highlight=False)
 
 

@@ -59,7 +59,9 @@ def _tokens(plan: Plan) -> dict[str, str]:
         for evaluation in trial.evaluations:
             prompts = evaluation.benchmark.place.existing()
             count = prompts.manifest.counts["kept"] if prompts else len(evaluation.benchmark.rows.read())
-            found[evaluation.place.fingerprint] = f"≤ {count * len(evaluation.seeds) * evaluation.evaluation.decoding.max_new_tokens}"
+            found[evaluation.place.fingerprint] = (
+                f"≤ {count * len(evaluation.seeds) * evaluation.evaluation.decoding.max_new_tokens}"
+            )
     return found
 
 
@@ -86,5 +88,3 @@ def _state(place: Place) -> str:
         manifest = peek(place.path)
         return "done" if manifest is not None and manifest.fingerprint == place.fingerprint else "to do"
     return "cached" if place.existing() is not None else "to do"
-
-

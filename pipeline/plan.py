@@ -78,7 +78,8 @@ def plan_experiment(experiment: Experiment, run_dir: Path) -> Plan:
     tokenizer = import_model.plan_model(experiment.tokenizer, root, "tokenizer") if experiment.tokenizer else teacher
     data = prepare.plan_training_data(experiment.data, tokenizer, root)
     benchmarks = tuple(
-        prepare.plan_benchmark(name, benchmark, experiment.data, tokenizer, root) for name, benchmark in experiment.benchmarks.items()
+        prepare.plan_benchmark(name, benchmark, experiment.data, tokenizer, root)
+        for name, benchmark in experiment.benchmarks.items()
     )
     initial = student.plan_student(experiment.student, teacher, data, root)
     runs = [(method, seed) for method in experiment.methods for seed in experiment.train.seeds]
@@ -117,8 +118,6 @@ def _plan_cache(
     return cache.plan_cache(experiment.cache, tuple(sorted(layers | set(experiment.cache.extra_layers))), teacher, data, root)
 
 
-
-
 def check_inputs(plan: Plan) -> None:
     """Read every row and compare sizes before any work starts, so that bad input leaves nothing half-written.
 
@@ -130,7 +129,9 @@ def check_inputs(plan: Plan) -> None:
         rows = len(plan.data.train.read())
         plan.data.dev.read()
         if plan.experiment.train.batch_size > rows:
-            raise DataError(f"train.batch_size: {plan.experiment.train.batch_size} rows, but data.train has only {rows}; lower it")
+            raise DataError(
+                f"train.batch_size: {plan.experiment.train.batch_size} rows, but data.train has only {rows}; lower it"
+            )
     for benchmark in plan.benchmarks:
         if benchmark.place.existing() is None:
             benchmark.rows.read()

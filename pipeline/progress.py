@@ -60,7 +60,16 @@ def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
             told = now
             rate = done / (now - started)
             left = (total - done) / rate if rate else 0.0
-            log.info("%s: %g of %g %s, %.3g/s, %.0f s left%s", description, done, total, unit, rate, left, f" · {note}" if note else "")
+            log.info(
+                "%s: %g of %g %s, %.3g/s, %.0f s left%s",
+                description,
+                done,
+                total,
+                unit,
+                rate,
+                left,
+                f" · {note}" if note else "",
+            )
 
     yield advance
     log.info("%s: %g %s in %.1f s", description, done, unit, time.monotonic() - started)

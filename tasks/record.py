@@ -37,7 +37,12 @@ def track_stage(tracker: Tracker, experiment: str, place: Place, artifact: Artif
             name=place.label,
             experiment=stage_experiment(experiment),
             params=flatten(place.recipe),
-            tags={"stage": place.stage, "fingerprint": place.fingerprint, "artifact": str(artifact.path), **{f"upstream.{k}": v for k, v in place.upstream.items()}},
+            tags={
+                "stage": place.stage,
+                "fingerprint": place.fingerprint,
+                "artifact": str(artifact.path),
+                **{f"upstream.{k}": v for k, v in place.upstream.items()},
+            },
         )
     )
     numbers = {name: value for name, value in flatten(artifact.manifest.counts).items() if isinstance(value, (int, float))}

@@ -64,7 +64,9 @@ class Experiment(Strict):
         held_out = [source for source in self._sources() if getattr(source, "part", None)]
         for source in held_out:
             if getattr(self.data.held_out, source.part) == 0:
-                raise ValueError(f"data.held_out.{source.part} is 0, but a source of kind held_out asks for that part; set its size")
+                raise ValueError(
+                    f"data.held_out.{source.part} is 0, but a source of kind held_out asks for that part; set its size"
+                )
         return self
 
     def _sources(self) -> list[Any]:

@@ -197,4 +197,6 @@ def _tags(annotation: Any) -> dict[str, type[BaseModel]]:
         return {}
     members = [_plain(member) for member in typing.get_args(annotation)]
     models = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
-    return {typing.get_args(model.model_fields["kind"].annotation)[0]: model for model in models if "kind" in model.model_fields}
+    return {
+        typing.get_args(model.model_fields["kind"].annotation)[0]: model for model in models if "kind" in model.model_fields
+    }

@@ -1,6 +1,6 @@
 """The methods: which terms of the objective each one uses, with its source.
 
-    L = (1 − α)·CE + α·[ D_task + λ·mean_pairs D_lens + w·MSE_features ]
+L = (1 − α)·CE + α·[ D_task + λ·mean_pairs D_lens + w·MSE_features ]
 """
 
 from __future__ import annotations
@@ -156,8 +156,9 @@ class Training(Strict):
     """auto: bf16 on CUDA, fp32 on the CPU."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Optimiser steps between resumable checkpoints."""
-    elementwise: Literal["auto", "eager", "compiled"] = "auto"
-    """How the losses' elementwise work runs; auto compiles where a C++ compiler is present and it pays."""
+    elementwise: Literal["eager", "compiled"] = "eager"
+    """How the losses' elementwise work runs. `compiled` needs a C++ compiler (Triton on CUDA), takes seconds once, and falls
+    back to eager without; the values are the same."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> Training:

@@ -1,6 +1,6 @@
 """The objective of every method: weighted terms on response positions.
 
-    L = (1 − α)·CE(labels, q) + α·[ D_task(p, q) + λ · mean over pairs of D_lens(p_l', q_l) + w · MSE(features) ]
+L = (1 − α)·CE(labels, q) + α·[ D_task(p, q) + λ · mean over pairs of D_lens(p_l', q_l) + w · MSE(features) ]
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.losses.elementwise import Backend
 from pipeline.losses.fused import vocab_cross_entropy, vocab_divergence
 from pipeline.losses.head import Head
 
@@ -127,6 +128,7 @@ def compute(
     *,
     denominator: int,
     projection: nn.Module | None = None,
+    backend: Backend = "eager",
 ) -> Terms:
     """Every term of one micro-batch, divided by the optimiser step's response tokens.
 
@@ -138,6 +140,7 @@ def compute(
         denominator: response tokens of the whole optimiser step, over all micro-batches and processes, so that the sum
             of the micro-batches' losses is the mean over the step.
         projection: the learned projection of the feature term.
+        backend: how the divergences' elementwise part runs, see `pipeline.losses.elementwise`.
 
     Raises:
         ValueError: a term needs a teacher or a projection that is not there.
@@ -149,7 +152,9 @@ def compute(
     if objective.alpha < 1:
         parts["ce"] = share * vocab_cross_entropy(final, student.head, labels.flatten()[positions])
     if objective.alpha > 0:
-        parts |= _teacher_terms(objective, student, _required(teacher, "teacher"), labels, positions, final, share, projection)
+        parts |= _teacher_terms(
+            objective, student, _required(teacher, "teacher"), labels, positions, final, share, projection, backend
+        )
     weights = {
         "ce": 1 - objective.alpha,
         "task": objective.alpha,
@@ -169,14 +174,20 @@ def _teacher_terms(
     final: Tensor,
     share: float,
     projection: nn.Module | None,
+    backend: Backend,
 ) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     if objective.task is not None:
         parts["task"] = share * vocab_divergence(
-            final, student.head, teacher.states(teacher.last, positions), teacher.head, divergence=objective.task
+            final,
+            student.head,
+            teacher.states(teacher.last, positions),
+            teacher.head,
+            divergence=objective.task,
+            backend=backend,
         )
     if objective.lens is not None:
-        parts["lens"] = share * lens_divergence(objective.lens, student, teacher, labels, positions)
+        parts["lens"] = share * lens_divergence(objective.lens, student, teacher, labels, positions, backend)
     if objective.features is not None:
         parts["features"] = share * feature_error(
             objective.features, student, teacher, labels, positions, _required(projection, "projection")
@@ -184,7 +195,9 @@ def _teacher_terms(
     return parts
 
 
-def lens_divergence(term: LensTerm, student: Side, teacher: Side, labels: Tensor, positions: Tensor) -> Tensor:
+def lens_divergence(
+    term: LensTerm, student: Side, teacher: Side, labels: Tensor, positions: Tensor, backend: Backend = "eager"
+) -> Tensor:
     """Mean over pairs and response tokens of the divergence between lens distributions, nats (eq. 7 of the paper).
 
     All pairs go through one pass: their rows are concatenated.
@@ -193,7 +206,12 @@ def lens_divergence(term: LensTerm, student: Side, teacher: Side, labels: Tensor
     student_rows = [student.lens_states(l, at, term.final_norm) for (l, _), at in zip(term.pairs, where, strict=True)]
     teacher_rows = [teacher.lens_states(l, at, term.final_norm) for (_, l), at in zip(term.pairs, where, strict=True)]
     return vocab_divergence(
-        torch.cat(student_rows), student.head, torch.cat(teacher_rows), teacher.head, divergence=term.divergence
+        torch.cat(student_rows),
+        student.head,
+        torch.cat(teacher_rows),
+        teacher.head,
+        divergence=term.divergence,
+        backend=backend,
     )
 
 

@@ -120,7 +120,9 @@ def check_vocabulary_sizes(teacher: int, student: int, tokenizer: int) -> int:
 def _head(model: PreTrainedModel, vocab_size: int | None) -> Head:
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Linear):
-        raise ModelError(f"{model.config.model_type}: its output head is {type(module).__name__}, only linear heads are supported")
+        raise ModelError(
+            f"{model.config.model_type}: its output head is {type(module).__name__}, only linear heads are supported"
+        )
     config = model.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scaling = getattr(config, "logits_scaling", None)
@@ -155,7 +157,9 @@ def _child(model: PreTrainedModel, names: tuple[str, ...], what: str) -> nn.Modu
             child = getattr(holder, name, None)
             if isinstance(child, nn.Module):
                 return child
-    raise ModelError(f"{model.config.model_type}: no {what} found (looked for {', '.join(names)}); this architecture is not supported")
+    raise ModelError(
+        f"{model.config.model_type}: no {what} found (looked for {', '.join(names)}); this architecture is not supported"
+    )
 
 
 def _full_name(model: PreTrainedModel, module: nn.Module, parameter: str) -> str:

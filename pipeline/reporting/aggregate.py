@@ -76,7 +76,7 @@ def result_rows(scores: Iterable[RunScores]) -> list[ResultRow]:
 
 
 def table(rows: Iterable[ResultRow], metric: str = "rouge_l") -> dict[str, dict[str, Cell]]:
-    """method → benchmark → cell, methods and benchmarks in order of appearance."""
+    """Method → benchmark → cell, methods and benchmarks in order of appearance."""
     grouped: dict[str, dict[str, list[ResultRow]]] = {}
     for row in rows:
         if row.metric == metric:

@@ -55,7 +55,9 @@ class CachePlan:
         return self.key.dtype
 
 
-def plan_cache(config: CacheConfig, layers: tuple[int, ...], teacher: ModelPlan, data: TrainingDataPlan, root: Path) -> CachePlan:
+def plan_cache(
+    config: CacheConfig, layers: tuple[int, ...], teacher: ModelPlan, data: TrainingDataPlan, root: Path
+) -> CachePlan:
     """Plan a cache of these teacher layers, or take a finished one that holds them and more."""
     base = {"dtype": config.dtype, "final_norm": "last layer only"}
     upstream = {"teacher": teacher.digest, "prepare": data.place.fingerprint}
@@ -110,7 +112,9 @@ def open_teacher(plan: CachePlan | None, teacher: ModelPlan, device: torch.devic
     return CachedTeacher(plan.place.path, plan.key, num_layers=lens.num_layers, device=device), lens
 
 
-def _covering(root: Path, base: Mapping[str, Any], upstream: Mapping[str, str], layers: tuple[int, ...]) -> tuple[int, ...] | None:
+def _covering(
+    root: Path, base: Mapping[str, Any], upstream: Mapping[str, str], layers: tuple[int, ...]
+) -> tuple[int, ...] | None:
     """Layers of the smallest finished cache of the same states that holds all of `layers`."""
     found = []
     for folder in sorted((root / "cache").glob("*/")):
@@ -122,5 +126,3 @@ def _covering(root: Path, base: Mapping[str, Any], upstream: Mapping[str, str], 
         if recipe == base and set(layers) <= set(held):
             found.append(held)
     return min(found, key=len, default=None)
-
-

@@ -144,7 +144,9 @@ def _examples(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
     examples: list[dict[str, Any]] = []
     for index, first in enumerate(trials[0].evaluations):
-        tables = [(trial.name, parquet.read_table(trial.evaluations[index].place.path / GENERATIONS).to_pylist()) for trial in trials]
+        tables = [
+            (trial.name, parquet.read_table(trial.evaluations[index].place.path / GENERATIONS).to_pylist()) for trial in trials
+        ]
         rows = tables[0][1]
         ids = list(dict.fromkeys(row["id"] for row in rows))[:_EXAMPLES_PER_BENCHMARK]
         for row_id in ids:
@@ -176,7 +178,9 @@ def git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

@@ -97,5 +97,3 @@ def read_scores(artifact: Path) -> dict[str, Any]:
 
 def _identity(subject: Subject) -> str:
     return subject.digest if isinstance(subject, ModelPlan) else subject.place.fingerprint
-
-

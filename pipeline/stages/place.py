@@ -48,7 +48,13 @@ class Place:
 
 
 def place(
-    root: Path, stage: str, version: int, label: str, recipe: Mapping[str, Any], upstream: Mapping[str, str], path: Path | None = None
+    root: Path,
+    stage: str,
+    version: int,
+    label: str,
+    recipe: Mapping[str, Any],
+    upstream: Mapping[str, str],
+    path: Path | None = None,
 ) -> Place:
     """Plan an artifact under an artifact root, or at `path` if it has a fixed place."""
     identity = fingerprint(stage, version, recipe, upstream)

@@ -53,7 +53,9 @@ class RowsPlan:
             return rows
         parts = {"dev": self.held_out.dev, "test": self.held_out.test}
         if sum(parts.values()) >= len(rows):
-            raise DataError(f"data.held_out: {parts} asks for {sum(parts.values())} rows, but data.train has only {len(rows)}; lower them")
+            raise DataError(
+                f"data.held_out: {parts} asks for {sum(parts.values())} rows, but data.train has only {len(rows)}; lower them"
+            )
         return sources.split_examples(rows, parts, self.held_out.seed)[self.part]
 
     def describe(self) -> str:
@@ -112,7 +114,12 @@ def plan_rows(source: LocalData | HubData | BundledData | HeldOutData, data: Dat
 def plan_training_data(data: DataConfig, tokenizer: ModelPlan, root: Path) -> TrainingDataPlan:
     """Plan the training artifact."""
     train, dev = plan_rows(data.train, data, "data.train"), plan_rows(data.dev, data, "data.dev")
-    recipe = {"train": train.identity(), "dev": dev.identity(), **_encoding(data, data.max_prompt_tokens), "max_tokens": data.max_tokens}
+    recipe = {
+        "train": train.identity(),
+        "dev": dev.identity(),
+        **_encoding(data, data.max_prompt_tokens),
+        "max_tokens": data.max_tokens,
+    }
     where = place(root, "prepare", VERSION, "prepare training rows", recipe, {"tokenizer": tokenizer.digest})
     return TrainingDataPlan(where, tokenizer, train, dev, data)
 
@@ -140,8 +147,13 @@ def run(plan: TrainingDataPlan) -> Artifact:
         for name, rows, file in (("train", plan.train.read(), TRAIN), ("dev", plan.dev.read(), DEV)):
             with progress(f"tokenise {name}", len(rows), "rows") as advance:
                 encoded, found = tokenize.encode_training(
-                    rows, tokenizer, config.template, max_prompt_tokens=config.max_prompt_tokens,
-                    max_tokens=config.max_tokens, overlong=config.overlong, progress=advance,
+                    rows,
+                    tokenizer,
+                    config.template,
+                    max_prompt_tokens=config.max_prompt_tokens,
+                    max_tokens=config.max_tokens,
+                    overlong=config.overlong,
+                    progress=advance,
                 )
             _require_rows(encoded, getattr(plan, name).what, found)
             tokenize.write_encoded(folder / file, encoded)
@@ -169,7 +181,11 @@ def run_benchmark(plan: BenchmarkPlan) -> Artifact:
     def work(folder: Path) -> Mapping[str, Any]:
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(plan.tokenizer.folder())
         encoded, counts = tokenize.encode_prompts(
-            plan.rows.read(), tokenizer, plan.config.template, max_prompt_tokens=plan.max_prompt_tokens, overlong=plan.config.overlong
+            plan.rows.read(),
+            tokenizer,
+            plan.config.template,
+            max_prompt_tokens=plan.max_prompt_tokens,
+            overlong=plan.config.overlong,
         )
         _require_rows(encoded, plan.rows.what, counts)
         tokenize.write_prompts(folder / PROMPTS, encoded)
@@ -193,4 +209,6 @@ def _source(source: LocalData | HubData | BundledData, what: str) -> sources.Sou
 
 def _require_rows(rows: Sequence[object], what: str, counts: object) -> None:
     if not rows:
-        raise DataError(f"{what}: no row is left ({counts}); raise data.max_prompt_tokens or set data.overlong=truncate_context")
+        raise DataError(
+            f"{what}: no row is left ({counts}); raise data.max_prompt_tokens or set data.overlong=truncate_context"
+        )

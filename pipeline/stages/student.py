@@ -72,7 +72,9 @@ def plan_student(config: StudentConfig, teacher: ModelPlan, data: TrainingDataPl
         assert own is not None
         upstream = {"model": own.digest}
         layers = own.config().num_hidden_layers
-    return StudentPlan(place(root, "student", VERSION, "initialise student", recipe, upstream), config, teacher, data, own, layers)
+    return StudentPlan(
+        place(root, "student", VERSION, "initialise student", recipe, upstream), config, teacher, data, own, layers
+    )
 
 
 def run(plan: StudentPlan) -> Artifact:
@@ -122,7 +124,9 @@ def _choose_block(plan: StudentPlan, teacher: Any, block: int) -> tuple[int, lis
 
 def _check_pruning(config: PrunedStudent, teacher_layers: int) -> None:
     if config.keep_layers > teacher_layers:
-        raise ConfigError(f"student.keep_layers: {config.keep_layers}, but the teacher has {teacher_layers} layers; give at most that")
+        raise ConfigError(
+            f"student.keep_layers: {config.keep_layers}, but the teacher has {teacher_layers} layers; give at most that"
+        )
     last_start = config.keep_layers + 1
     if config.drop_from is not None and config.drop_from > last_start:
         raise ConfigError(

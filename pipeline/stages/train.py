@@ -172,7 +172,9 @@ def planned_objective(plan: TrainPlan) -> Objective | None:
     pairs = _pairs_config(plan.config)
     if isinstance(pairs, ProvenancePairs):
         if plan.student.config.kind != "pruned":
-            raise ConfigError(f"methods.{plan.method}: provenance pairs need a pruned student, this one is {plan.student.config.kind}")
+            raise ConfigError(
+                f"methods.{plan.method}: provenance pairs need a pruned student, this one is {plan.student.config.kind}"
+            )
         return None
     return build_objective(plan, None, plan.teacher.config().num_hidden_layers)
 
@@ -221,7 +223,9 @@ def layers_to_cache(plan: TrainPlan, teacher_last: int) -> set[int]:
     pairs = _pairs_config(plan.config)
     assert isinstance(pairs, ProvenancePairs)
     dropped = teacher_last - plan.student.layers
-    before = [layer for layer, _ in layer_maps.uniform_pairs(pairs.count, plan.student.layers, teacher_last, f"methods.{plan.method}")]
+    before = [
+        layer for layer, _ in layer_maps.uniform_pairs(pairs.count, plan.student.layers, teacher_last, f"methods.{plan.method}")
+    ]
     return {*before, *(layer + dropped for layer in before), teacher_last}
 
 
@@ -281,6 +285,7 @@ def _settings(plan: TrainPlan, device: torch.device) -> Settings:
         checkpoint_every=training.checkpoint_every,
         validate_every=plan.validation.every_steps,
         select=plan.validation.select,
+        backend=training.elementwise,
     )
 
 
@@ -293,7 +298,12 @@ def _validate(plan: TrainPlan, student: Student, tokenizer: Any) -> dict[str, fl
     scores = {"dev/loss": dev_loss(student.model, student.lens, chosen, validation.batch_size, _pad_id(tokenizer))}
     if validation.select == "rouge_l":
         scores["dev/rouge_l"] = dev_rouge(
-            student.model, tokenizer, prompts, DecodingProtocol(**validation.decoding.model_dump()), validation.seed, validation.batch_size
+            student.model,
+            tokenizer,
+            prompts,
+            DecodingProtocol(**validation.decoding.model_dump()),
+            validation.seed,
+            validation.batch_size,
         )
     return scores
 

@@ -20,6 +20,7 @@ from pipeline.data.batching import epoch_batches, micro_batches
 from pipeline.data.collate import Batch, collate
 from pipeline.data.examples import EncodedExample
 from pipeline.errors import DataError, TrainingError
+from pipeline.losses.elementwise import Backend
 from pipeline.losses.objective import Objective
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Progress
@@ -61,6 +62,7 @@ class Settings:
     checkpoint_every: int
     validate_every: int | None
     select: str
+    backend: Backend
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,19 @@ def train(
         set_learning_rate(optimizer, rate)
         student.model.train()
         losses = optimizer_step(
-            student, teacher, objective, micro, optimizer, max_grad_norm=settings.max_grad_norm, autocast=settings.autocast
+            student,
+            teacher,
+            objective,
+            micro,
+            optimizer,
+            max_grad_norm=settings.max_grad_norm,
+            autocast=settings.autocast,
+            backend=settings.backend,
         )
         _check_finite(losses, step, micro)
         seconds = time.perf_counter() - started
         tokens = sum(int(part.attention_mask.sum()) for part in micro)
-        progress = replace(
-            progress, step=step + 1, tokens=progress.tokens + tokens, seconds=progress.seconds + seconds
-        )
+        progress = replace(progress, step=step + 1, tokens=progress.tokens + tokens, seconds=progress.seconds + seconds)
         values = {f"train/{name}": value for name, value in losses.items()}
         values |= {"train/learning_rate": rate, "train/tokens_per_second": tokens / seconds}
         metrics.write(step + 1, values)
@@ -160,7 +167,12 @@ def train(
             checkpoint.save(folder / "checkpoint", student, optimizer, progress)
     assert progress.best_step is not None  # the last step always validates
     return Summary(
-        progress.step, progress.tokens, progress.seconds, peak_memory_gib(student.model.device), progress.best_step, progress.best_value
+        progress.step,
+        progress.tokens,
+        progress.seconds,
+        peak_memory_gib(student.model.device),
+        progress.best_step,
+        progress.best_value,
     )
 
 

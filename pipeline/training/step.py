@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from pipeline.data.collate import Batch
 from pipeline.losses import objective as losses
+from pipeline.losses.elementwise import Backend
 from pipeline.models.lens import LogitLens
 from pipeline.teacher.signal import TeacherSource
 from pipeline.training.optim import clip_gradients
@@ -53,6 +54,7 @@ def optimizer_step(
     *,
     max_grad_norm: float | None,
     autocast: torch.dtype | None,
+    backend: Backend = "eager",
 ) -> dict[str, float]:
     """Train on one batch, given as micro-batches; the result does not depend on how it is divided.
 
@@ -62,7 +64,9 @@ def optimizer_step(
     denominator = sum(sum(batch.response_counts) for batch in micro_batches)
     totals: dict[str, Tensor] = {}
     for batch in micro_batches:
-        terms = micro_batch_loss(student, teacher, objective, batch, denominator=denominator, autocast=autocast)
+        terms = micro_batch_loss(
+            student, teacher, objective, batch, denominator=denominator, autocast=autocast, backend=backend
+        )
         terms.total.backward()  # type: ignore[no-untyped-call]
         for name, value in {"loss": terms.total.detach(), **{f"loss_{k}": v for k, v in terms.parts.items()}}.items():
             totals[name] = totals[name] + value if name in totals else value
@@ -80,6 +84,7 @@ def micro_batch_loss(
     *,
     denominator: int,
     autocast: torch.dtype | None,
+    backend: Backend,
 ) -> losses.Terms:
     """Forward pass of one micro-batch: the student's body once, the teacher's states, the terms. No full logits are made."""
     device = student.model.device.type
@@ -93,7 +98,13 @@ def micro_batch_loss(
             signal = teacher.source.signal(batch, losses.teacher_layers(objective, teacher.lens.num_layers))
             teacher_side = losses.Side(signal.states, teacher.lens.head, teacher.lens.norm, teacher.lens.num_layers)
         return losses.compute(
-            objective, student_side, teacher_side, batch.labels, denominator=denominator, projection=student.projection
+            objective,
+            student_side,
+            teacher_side,
+            batch.labels,
+            denominator=denominator,
+            projection=student.projection,
+            backend=backend,
         )
 
 

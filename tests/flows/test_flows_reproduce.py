@@ -73,7 +73,15 @@ def test_one_flat_run_per_trial_with_the_same_metric_names(finished: tuple[Path,
     final = {f"eval/{b}/{m}" for b in ("general", "tasks", "avg") for m in ("rouge_l", "exact_match")}
     for run in runs.values():
         assert final <= set(run.data.metrics)
-    common = {"train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second", "dev/loss", "dev/rouge_l", "cost/train_seconds"}
+    common = {
+        "train/loss",
+        "train/grad_norm",
+        "train/learning_rate",
+        "train/tokens_per_second",
+        "dev/loss",
+        "dev/rouge_l",
+        "cost/train_seconds",
+    }
     for method in METHODS:
         assert common <= set(runs[f"{method} s10"].data.metrics)
     assert {"train/loss_task", "train/loss_lens"} <= set(runs["distilllens s10"].data.metrics)
@@ -91,7 +99,10 @@ def test_curves_are_complete_and_in_order(finished: tuple[Path, Path]) -> None:
     client = MlflowClient(f"sqlite:///{finished[1].resolve() / 'mlflow.db'}")
     run = next(run for run in mlflow_runs(finished[1], "tiny") if run.info.run_name == "kd s10")
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3, 4]
-    assert {f.path for f in client.list_artifacts(run.info.run_id, "generations")} == {"generations/general.json", "generations/tasks.json"}
+    assert {f.path for f in client.list_artifacts(run.info.run_id, "generations")} == {
+        "generations/general.json",
+        "generations/tasks.json",
+    }
 
 
 def test_stage_runs_are_kept_apart_and_linked(finished: tuple[Path, Path]) -> None:
@@ -107,7 +118,14 @@ def test_the_prefect_server_knows_every_task(finished: tuple[Path, Path]) -> Non
     with get_client(sync_client=True) as client:
         names = {run.name for run in client.read_task_runs(limit=200)}
         artifacts = client.read_artifacts()
-    assert {"prepare training rows", "initialise student", "cache teacher states", "train kd s10", "evaluate teacher", "compare"} <= names
+    assert {
+        "prepare training rows",
+        "initialise student",
+        "cache teacher states",
+        "train kd s10",
+        "evaluate teacher",
+        "compare",
+    } <= names
     assert any(artifact.key.startswith("comparison-") for artifact in artifacts)
 
 

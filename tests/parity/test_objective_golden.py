@@ -21,7 +21,9 @@ def side(hidden: dict[int, Tensor], weight: Tensor) -> Side:
 
 
 def run(golden: dict[str, Tensor], task: str, layout: str) -> tuple[Tensor, dict[int, Tensor], Tensor]:
-    students = {i: golden[f"student_hidden.{i}"].clone().requires_grad_() for i in range(FINAL + 1) if f"student_hidden.{i}" in golden}
+    students = {
+        i: golden[f"student_hidden.{i}"].clone().requires_grad_() for i in range(FINAL + 1) if f"student_hidden.{i}" in golden
+    }
     teachers = {i: golden[f"teacher_hidden.{i}"] for i in students}
     head = golden["student_head"].clone().requires_grad_()
     pairs = tuple((i, i) for i in sorted(students) if i != FINAL)

@@ -50,8 +50,16 @@ def test_reproduce_leaves_the_comparison_and_prints_it(config: Path, done: subpr
 def test_everything_stays_in_the_run_directory(config: Path, done: subprocess.CompletedProcess[str]) -> None:
     made = {path.name for path in config.parent.iterdir()}
     assert made == {"teacher", "train.jsonl", "dev.jsonl", "general.jsonl", "tasks.jsonl", "experiment.yaml", "runs"}
-    assert {path.name for path in (config.parent / "runs").iterdir()} == {".prefect", "artifacts", "mlartifacts", "mlflow.db", "tiny"}
-    leftovers = [p for p in (config.parent / "runs" / "artifacts").rglob("*") if p.name.endswith((".partial", ".lock", ".fresh", ".tmp"))]
+    assert {path.name for path in (config.parent / "runs").iterdir()} == {
+        ".prefect",
+        "artifacts",
+        "mlartifacts",
+        "mlflow.db",
+        "tiny",
+    }
+    leftovers = [
+        p for p in (config.parent / "runs" / "artifacts").rglob("*") if p.name.endswith((".partial", ".lock", ".fresh", ".tmp"))
+    ]
     assert leftovers == []
 
 
@@ -63,7 +71,9 @@ def test_a_second_run_starts_no_engine(config: Path, done: subprocess.CompletedP
         "except SystemExit as end: print('code', end.code, 'prefect' in sys.modules, 'mlflow' in sys.modules)"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PREFECT_"))}
-    again = subprocess.run([sys.executable, "-c", code], cwd=config.parent, capture_output=True, text=True, timeout=120, env=environment)
+    again = subprocess.run(
+        [sys.executable, "-c", code], cwd=config.parent, capture_output=True, text=True, timeout=120, env=environment
+    )
     assert "code 0 False False" in again.stdout, again.stderr
     assert "distilllens" in again.stdout
 
@@ -83,7 +93,9 @@ def test_cache_estimate_runs_nothing(config: Path) -> None:
 
 
 def test_compare_needs_evaluations(config: Path) -> None:
-    assert "12 evaluations are missing" in refused(cli("compare", "experiment.yaml", "--set", "train.seeds=[10]", "--run-dir", "none", cwd=config.parent))
+    assert "12 evaluations are missing" in refused(
+        cli("compare", "experiment.yaml", "--set", "train.seeds=[10]", "--run-dir", "none", cwd=config.parent)
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,11 @@ def test_compare_needs_evaluations(config: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_exit_2(config: Path, arguments: list[str], message: str) -> None:
-    result = cli(*arguments, *([] if "--run-dir" in arguments or arguments == ["frobnicate"] else ["--run-dir", "bad"]), cwd=config.parent)
+    result = cli(
+        *arguments,
+        *([] if "--run-dir" in arguments or arguments == ["frobnicate"] else ["--run-dir", "bad"]),
+        cwd=config.parent,
+    )
     assert message in refused(result)
 
 
@@ -120,7 +136,15 @@ def test_bad_input_is_one_message_and_exit_2(config: Path, arguments: list[str],
 )
 def test_bad_rows_are_named_with_their_line(config: Path, tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "rows.jsonl").write_text(content)
-    result = cli("validate", str(config), "--set", f"data.train.path={tmp_path / 'rows.jsonl'}", "--run-dir", str(tmp_path / "r"), cwd=tmp_path)
+    result = cli(
+        "validate",
+        str(config),
+        "--set",
+        f"data.train.path={tmp_path / 'rows.jsonl'}",
+        "--run-dir",
+        str(tmp_path / "r"),
+        cwd=tmp_path,
+    )
     assert message in refused(result) and not (tmp_path / "r").exists()
 
 

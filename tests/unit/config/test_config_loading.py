@@ -137,7 +137,9 @@ def test_an_include_cycle_is_an_error(tmp_path: Path) -> None:
 
 
 def test_overrides_set_nested_values_with_their_type(tmp_path: Path) -> None:
-    experiment = load_experiment(write(tmp_path, MINIMAL), ["train.seeds=[1, 2]", "methods.kd.kind=kd", "fair=false", "alpha=0.25"])
+    experiment = load_experiment(
+        write(tmp_path, MINIMAL), ["train.seeds=[1, 2]", "methods.kd.kind=kd", "fair=false", "alpha=0.25"]
+    )
     assert experiment.train.seeds == [1, 2] and isinstance(experiment.methods["kd"], Kd) and experiment.alpha == 0.25
 
 
@@ -150,7 +152,13 @@ def test_a_path_turns_any_source_into_a_local_one_and_keeps_limits_given_with_it
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("name", "dotted.path=value"), ("a..b=1", "dotted.path=value"), ("name.x=1", "has no keys"), ("x=[", "not YAML"), ("nope=1", "unknown key")],
+    [
+        ("name", "dotted.path=value"),
+        ("a..b=1", "dotted.path=value"),
+        ("name.x=1", "has no keys"),
+        ("x=[", "not YAML"),
+        ("nope=1", "unknown key"),
+    ],
 )
 def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
     assert any(message in problem for problem in problems(tmp_path, MINIMAL, override))
@@ -158,7 +166,11 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
 
 def test_every_shipped_experiment_loads() -> None:
     configs = Path(__file__).resolve().parents[3] / "configs"
-    files = [configs / "quickstart.yaml", *sorted((configs / "experiments").glob("*.yaml")), *sorted((configs / "paper").glob("*.yaml"))]
+    files = [
+        configs / "quickstart.yaml",
+        *sorted((configs / "experiments").glob("*.yaml")),
+        *sorted((configs / "paper").glob("*.yaml")),
+    ]
     assert len(files) >= 3
     for file in files:
         assert load_experiment(file).methods

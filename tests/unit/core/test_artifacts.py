@@ -26,7 +26,12 @@ def make(path: Path, identity: str = "f" * 16, text: str = "content") -> Artifac
 def test_the_fingerprint_depends_on_everything_and_on_no_order() -> None:
     base = fingerprint("s", 1, {"a": 1, "b": 2}, {"u": "x"})
     assert base == fingerprint("s", 1, {"b": 2, "a": 1}, {"u": "x"})
-    others = [("t", 1, {"a": 1, "b": 2}, {"u": "x"}), ("s", 2, {"a": 1, "b": 2}, {"u": "x"}), ("s", 1, {"a": 1}, {"u": "x"}), ("s", 1, {"a": 1, "b": 2}, {"u": "y"})]
+    others = [
+        ("t", 1, {"a": 1, "b": 2}, {"u": "x"}),
+        ("s", 2, {"a": 1, "b": 2}, {"u": "x"}),
+        ("s", 1, {"a": 1}, {"u": "x"}),
+        ("s", 1, {"a": 1, "b": 2}, {"u": "y"}),
+    ]
     assert len({base, *(fingerprint(*other) for other in others)}) == 5
 
 

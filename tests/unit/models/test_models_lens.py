@@ -97,7 +97,9 @@ def test_the_angular_distance_finds_the_block_that_does_nothing() -> None:
     distances = angular_distances(model, [batch], 2)
     assert len(distances) == 4 and int(distances.argmin()) == 1
     assert distances[1] < 1e-3 and all(0 <= value <= 1 for value in distances)
-    one = angular_distances(model, [collate([row], 0) for row in (EncodedExample("a", (5, 9, 17, 30, 2), 2), EncodedExample("b", (7, 9, 1), 1))], 2)
+    one = angular_distances(
+        model, [collate([row], 0) for row in (EncodedExample("a", (5, 9, 17, 30, 2), 2), EncodedExample("b", (7, 9, 1), 1))], 2
+    )
     assert torch.allclose(one, distances, atol=1e-5)  # padding and batching change nothing
 
 

@@ -48,7 +48,15 @@ def test_the_csv_has_the_stable_columns(tmp_path: Path) -> None:
     write_csv(tmp_path / "r.csv", result_rows(SCORES))
     rows = list(csv.DictReader((tmp_path / "r.csv").open()))
     assert tuple(rows[0]) == CSV_COLUMNS
-    assert {"method": "teacher", "train_seed": "", "benchmark": "a", "metric": "rouge_l", "mean": "31.0000", "std": "1.4142", "n_decoding_seeds": "2"} in rows
+    assert {
+        "method": "teacher",
+        "train_seed": "",
+        "benchmark": "a",
+        "metric": "rouge_l",
+        "mean": "31.0000",
+        "std": "1.4142",
+        "n_decoding_seeds": "2",
+    } in rows
 
 
 def test_the_markdown_table_ends_with_the_average() -> None:

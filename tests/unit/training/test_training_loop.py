@@ -23,7 +23,7 @@ from pipeline.training.step import Student, Teacher
 
 SETTINGS = Settings(
     seed=3, epochs=None, max_steps=6, batch_size=4, micro_batch_size=4, learning_rate=5e-3, min_learning_rate=0.0, schedule="cosine",
-    warmup_steps=1, weight_decay=0.01, betas=(0.9, 0.999), max_grad_norm=1.0, autocast=None, checkpoint_every=2, validate_every=3, select="loss",
+    warmup_steps=1, weight_decay=0.01, betas=(0.9, 0.999), max_grad_norm=1.0, autocast=None, checkpoint_every=2, validate_every=3, select="loss", backend="eager",
 )  # fmt: skip
 PAIRS = ((1, 2), (2, 4))
 OBJECTIVES = {
@@ -118,7 +118,9 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
 
 
 def test_without_selection_the_last_weights_are_kept(tmp_path: Path) -> None:
-    summary, trained = run(tmp_path, OBJECTIVES["kd"], replace(SETTINGS, select="last", validate_every=2), scores=[1.0, 2.0, 3.0])
+    summary, trained = run(
+        tmp_path, OBJECTIVES["kd"], replace(SETTINGS, select="last", validate_every=2), scores=[1.0, 2.0, 3.0]
+    )
     kept = type(trained.model).from_pretrained(tmp_path / "model")
     assert summary.best_step == 6 and torch.equal(kept.transformer.wte.weight, trained.model.transformer.wte.weight)
 
