@@ -84,7 +84,7 @@ def micro_batch_loss(
     *,
     denominator: int,
     autocast: torch.dtype | None,
-    backend: Backend,
+    backend: Backend = "eager",
 ) -> losses.Terms:
     """Forward pass of one micro-batch: the student's body once, the teacher's states, the terms. No full logits are made."""
     device = student.model.device.type
