@@ -7,6 +7,7 @@ import os
 import time
 import tomllib
 from pathlib import Path
+from uuid import UUID
 
 log = logging.getLogger(__name__)
 _RECORDING_SECONDS = 15.0
@@ -47,10 +48,11 @@ def users_server() -> str | None:
     except (OSError, tomllib.TOMLDecodeError):
         return None
     active = content.get("profiles", {}).get(content.get("active", ""), {})
-    return active.get("PREFECT_API_URL")
+    url = active.get("PREFECT_API_URL")
+    return str(url) if url else None
 
 
-def wait_for_recording(flow_run_id: object) -> None:
+def wait_for_recording(flow_run_id: UUID) -> None:
     """Wait until the server has every task run of a flow run in its final state; it records them with a delay."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId

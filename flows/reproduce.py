@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import UUID
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -62,7 +63,7 @@ def run_stages(plan: Plan, tracker: Tracker, until: str) -> None:
     if last >= STAGES.index("compare"):
         compare(plan.comparison, tracker)
     if flow_run.id is not None:
-        wait_for_recording(flow_run.id)
+        wait_for_recording(UUID(str(flow_run.id)))
 
 
 def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, str], evaluates: bool) -> None:

@@ -16,7 +16,9 @@ _LINE_SECONDS = 15.0
 class Advance(Protocol):
     """Says that `amount` more units are done; `note` replaces the text at the end of the bar."""
 
-    def __call__(self, amount: float, note: str = "") -> None: ...
+    def __call__(self, amount: float, note: str = "") -> None:
+        """Advance."""
+        ...
 
 
 @contextlib.contextmanager
@@ -33,7 +35,8 @@ def _bar(description: str, total: float, unit: str) -> Iterator[Advance]:
 
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn(unit),
-        TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bars:
         bar = bars.add_task(description, total=total, rate="", note="")

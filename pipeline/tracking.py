@@ -158,7 +158,7 @@ class MLflowTracker:
         self._state["runs"][run.key] = run_id
         self._state_path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self._state_path, json.dumps(self._state, indent=1))
-        return run_id
+        return str(run_id)
 
     def delivered(self, key: str) -> str | None:
         """The id of the run with this key if everything about it was delivered before and the store still has it."""
@@ -253,7 +253,9 @@ class MLflowTracker:
         return self._try("find a run", lambda: self._client.get_run(run_id)) is not None
 
     def _ship(self, run_id: str, records: Sequence[Mapping[str, Any]]) -> bool:
-        return self._try("log step metrics", lambda: self._log_records(run_id, records) or True) is True
+        failures = len(self.failures)
+        self._try("log step metrics", lambda: self._log_records(run_id, records))
+        return len(self.failures) == failures
 
     def _log_records(self, run_id: str, records: Sequence[Mapping[str, Any]]) -> None:
         from mlflow.entities import Metric
@@ -323,7 +325,7 @@ def configure_mlflow(run_dir: Path) -> str:
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    return os.environ["MLFLOW_TRACKING_URI"]
+    return str(os.environ["MLFLOW_TRACKING_URI"])
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,7 +21,8 @@ def show_artifact(place: Place, artifact: Artifact) -> None:
     create_markdown_artifact(
         key=f"{place.stage}-{place.fingerprint}".replace("_", "-"),
         description=place.label,
-        markdown=f"`{artifact.path}`\n\nfingerprint `{artifact.fingerprint}`, {manifest.seconds:.1f} s\n\n| count | value |\n| --- | --- |\n{counts}\n",
+        markdown=f"`{artifact.path}`\n\nfingerprint `{artifact.fingerprint}`, {manifest.seconds:.1f} s\n\n"
+        f"| count | value |\n| --- | --- |\n{counts}\n",
     )
 
 

@@ -37,29 +37,55 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def llama(layers: int = 4, width: int = 32, vocab: int = 300, tie: bool = True, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=tie, bos_token_id=None, eos_token_id=0, pad_token_id=0,
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tie,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM(config).eval()
 
 
 def qwen2(layers: int = 4, width: int = 32, vocab: int = 300, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0,
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
         initializer_range=0.2,
-    )  # fmt: skip
+    )
     return Qwen2ForCausalLM(config).eval()
 
 
 def gpt2(layers: int = 4, width: int = 32, vocab: int = 300, seed: int = 0, dropout: float = 0.0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=vocab, n_embd=width, n_layer=layers, n_head=4, n_positions=1024, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.2, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
-    )  # fmt: skip
+        vocab_size=vocab,
+        n_embd=width,
+        n_layer=layers,
+        n_head=4,
+        n_positions=1024,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+    )
     return GPT2LMHeadModel(config).eval()
 
 

@@ -147,7 +147,7 @@ def _problem(error: Any) -> str:
         return f"{dotted}: needs a `kind`"
     if error["type"] == "missing":
         return f"{dotted}: missing"
-    message = error["msg"].removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     if not dotted:
         return message
     value = repr(error["input"])

@@ -15,7 +15,7 @@ AnyLayer = CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer
 """What the layers of a transformers cache may be."""
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class RoomyLayer(DynamicLayer):
     """One layer's keys and values, [R, heads, T, head size] views at the start of buffers that are `room` tokens longer.
 
     Args:

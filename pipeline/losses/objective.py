@@ -203,8 +203,8 @@ def lens_divergence(
     All pairs go through one pass: their rows are concatenated.
     """
     where = [positions] * len(term.pairs) if term.mask_layout == "aligned" else official_positions(labels, len(term.pairs))
-    student_rows = [student.lens_states(l, at, term.final_norm) for (l, _), at in zip(term.pairs, where, strict=True)]
-    teacher_rows = [teacher.lens_states(l, at, term.final_norm) for (_, l), at in zip(term.pairs, where, strict=True)]
+    student_rows = [student.lens_states(layer, at, term.final_norm) for (layer, _), at in zip(term.pairs, where, strict=True)]
+    teacher_rows = [teacher.lens_states(layer, at, term.final_norm) for (_, layer), at in zip(term.pairs, where, strict=True)]
     return vocab_divergence(
         torch.cat(student_rows),
         student.head,

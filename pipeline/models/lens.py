@@ -88,7 +88,7 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 def blocks_name(model: PreTrainedModel) -> str:
     """Prefix of the blocks' parameters in the state dict, for example `model.layers`."""
     modules = blocks(model)
-    return next(name for name, module in model.named_modules() if module is modules)
+    return next(str(name) for name, module in model.named_modules() if module is modules)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
@@ -173,5 +173,6 @@ def _read_weight(folder: Path, name: str) -> Tensor:
             keys = set(weights.keys())
             for candidate in (name, name.partition(".")[2]):
                 if candidate in keys:
-                    return weights.get_tensor(candidate)
+                    tensor: Tensor = weights.get_tensor(candidate)
+                    return tensor
     raise ModelError(f"{folder}: no tensor {name} in its safetensors files")

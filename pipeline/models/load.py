@@ -13,6 +13,7 @@ import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -114,6 +115,7 @@ def fetch(location: ModelLocation, what: str) -> Path:
     """
     if location.folder is not None:
         return location.folder
+    assert location.repo is not None  # a location is either on disk or on the hub
     from huggingface_hub import snapshot_download
 
     try:
@@ -135,7 +137,8 @@ def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
         ModelError: it cannot be read, or the model needs code from its repository.
     """
     try:
-        return AutoConfig.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, gguf_file=gguf_file, trust_remote_code=False)
+        return config
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: no usable model configuration ({_first_line(error)})") from None
 
@@ -147,16 +150,18 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
         ModelError: weights are missing, do not fit the configuration, or need code from their repository.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
+        model: PreTrainedModel = loaded[0]
+        missing: set[str] = loaded[1]["missing_keys"]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a causal language model ({_first_line(error)})") from None
-    if info["missing_keys"]:
-        raise ModelError(
-            f"{folder}: weights are missing for {sorted(info['missing_keys'])[:3]}; the files do not fit config.json"
-        )
-    return model.to(device or torch.device("cpu")).eval()
+    if missing:
+        raise ModelError(f"{folder}: weights are missing for {sorted(missing)[:3]}; the files do not fit config.json")
+    model.to(device or torch.device("cpu"))  # type: ignore[arg-type]
+    model.eval()
+    return model
 
 
 def load_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedTokenizerBase:

@@ -110,7 +110,9 @@ def from_scratch(teacher: PretrainedConfig, changes: dict[str, int], seed: int) 
         config.layer_types = config.layer_types[: config.num_hidden_layers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.eval()
+    return model
 
 
 def _with_layers(config: PretrainedConfig, kept: list[int]) -> PretrainedConfig:

@@ -51,7 +51,7 @@ def columns(cells: Mapping[str, Mapping[str, Cell]]) -> list[str]:
 
 
 def cell_text(cell: Cell | None) -> str:
-    """`12.34 ± 0.56`: mean, and standard deviation over training seeds, or over decoding seeds in brackets if there is one run."""
+    """`12.34 ± 0.56`: mean and deviation over training seeds; for a single run in brackets, over decoding seeds."""
     if cell is None:
         return "–"
     if cell.train_std is not None:

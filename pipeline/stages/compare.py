@@ -109,9 +109,11 @@ def reading_notes(plan: ComparePlan) -> list[str]:
     )
     budget = f"{training.max_steps} steps" if training.max_steps else f"{training.epochs:g} epochs"
     return [
-        f"ROUGE-L F (0–100, higher is better), {how}, at most {decoding.max_new_tokens} new tokens; avg is the mean over benchmarks.",
+        f"ROUGE-L F (0–100, higher is better), {how}, at most {decoding.max_new_tokens} new tokens; "
+        "avg is the mean over benchmarks.",
         deviation,
-        f"Every trained row had {budget} of {training.batch_size} rows, peak learning rate {training.learning_rate:g} and the same data order.",
+        f"Every trained row had {budget} of {training.batch_size} rows, peak learning rate {training.learning_rate:g} "
+        "and the same data order.",
         "teacher and untrained (the student before training) are there for orientation.",
     ]
 

@@ -130,8 +130,8 @@ def _check_pruning(config: PrunedStudent, teacher_layers: int) -> None:
     last_start = config.keep_layers + 1
     if config.drop_from is not None and config.drop_from > last_start:
         raise ConfigError(
-            f"student.drop_from: {config.drop_from}, but dropping {teacher_layers - config.keep_layers} of {teacher_layers} layers "
-            f"must start at layer {last_start} or before"
+            f"student.drop_from: {config.drop_from}, but dropping {teacher_layers - config.keep_layers} of {teacher_layers} "
+            f"layers must start at layer {last_start} or before"
         )
 
 

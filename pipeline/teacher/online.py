@@ -44,7 +44,7 @@ class OnlineTeacher:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
+        self._model: PreTrainedModel = model.eval()
 
     @property
     def num_layers(self) -> int:

@@ -1,4 +1,4 @@
-"""Gradient accumulation: how a batch is divided into micro-batches changes nothing (plain SGD, so that nothing hides a scale)."""
+"""Gradient accumulation: how a batch is divided changes nothing (plain SGD, so that nothing hides a scale)."""
 
 from __future__ import annotations
 

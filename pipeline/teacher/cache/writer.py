@@ -110,7 +110,7 @@ def capture(
     remaining = [example for example in planned if example.id not in done]
     report = progress or (lambda _: None)
     report(len(planned) - len(remaining))
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     with _ShardWriter(folder, ledger, shard_bytes) as writer:
         for start in range(0, len(remaining), batch_size):
             rows = remaining[start : start + batch_size]

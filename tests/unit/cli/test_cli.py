@@ -17,9 +17,20 @@ def cli(*arguments: str, cwd: Path, timeout: float = 240, **env: str) -> subproc
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PREFECT_"))}
     command = [sys.executable, "-m", "pipeline.cli", *arguments]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
-        env={**environment, "COLUMNS": "160", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[3]), **env},
-    )  # fmt: skip
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env={
+            **environment,
+            "COLUMNS": "160",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(Path(__file__).resolve().parents[3]),
+            **env,
+        },
+    )
 
 
 def refused(result: subprocess.CompletedProcess[str]) -> str:
@@ -102,20 +113,38 @@ def test_compare_needs_evaluations(config: Path) -> None:
     ("arguments", "message"),
     [
         (["reproduce", "absent.yaml"], "absent.yaml"),
-        (["reproduce", "experiment.yaml", "--set", "methods.distilllens.lens.wieght=2"], "methods.distilllens.lens.wieght: unknown key; did you mean weight?"),
+        (
+            ["reproduce", "experiment.yaml", "--set", "methods.distilllens.lens.wieght=2"],
+            "methods.distilllens.lens.wieght: unknown key; did you mean weight?",
+        ),
         (["reproduce", "experiment.yaml", "--set", "train.batch_size=abc"], "train.batch_size: "),
         (["reproduce", "experiment.yaml", "--set", "teacher.path=nowhere"], "teacher.path: nowhere is not a folder"),
         (["reproduce", "experiment.yaml", "--set", "data.train.path=nowhere.jsonl"], "nowhere.jsonl"),
-        (["reproduce", "experiment.yaml", "--set", "methods.distilllens.lens.pairs.count=9"], "methods.distilllens.lens.pairs: 9 pairs"),
-        (["reproduce", "experiment.yaml", "--set", "methods.distilllens.lens.pairs={kind: explicit, pairs: [[1, 7]]}"], "teacher layer 7 does not exist"),
-        (["reproduce", "experiment.yaml", "--set", "student.keep_layers=7"], "student.keep_layers: 7, but the teacher has 6 layers"),
-        (["reproduce", "experiment.yaml", "--set", "data.train={kind: hub, repo: a/b, file: x.jsonl, revision: main}"], "data.train: cannot resolve a/b@main"),
-        (["reproduce", "experiment.yaml", "--set", "teacher={kind: hub, repo: a/b, revision: main}"], "teacher: cannot resolve a/b@main"),
+        (
+            ["reproduce", "experiment.yaml", "--set", "methods.distilllens.lens.pairs.count=9"],
+            "methods.distilllens.lens.pairs: 9 pairs",
+        ),
+        (
+            ["reproduce", "experiment.yaml", "--set", "methods.distilllens.lens.pairs={kind: explicit, pairs: [[1, 7]]}"],
+            "teacher layer 7 does not exist",
+        ),
+        (
+            ["reproduce", "experiment.yaml", "--set", "student.keep_layers=7"],
+            "student.keep_layers: 7, but the teacher has 6 layers",
+        ),
+        (
+            ["reproduce", "experiment.yaml", "--set", "data.train={kind: hub, repo: a/b, file: x.jsonl, revision: main}"],
+            "data.train: cannot resolve a/b@main",
+        ),
+        (
+            ["reproduce", "experiment.yaml", "--set", "teacher={kind: hub, repo: a/b, revision: main}"],
+            "teacher: cannot resolve a/b@main",
+        ),
         (["reproduce", "experiment.yaml", "--run-dir", "/proc/none"], "--run-dir: /proc/none cannot be written"),
         (["reproduce", "experiment.yaml", "--set", "train.batch_size=25"], "train.batch_size: 25 rows, but"),
         (["frobnicate"], "frobnicate"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_message_and_exit_2(config: Path, arguments: list[str], message: str) -> None:
     result = cli(
         *arguments,

@@ -22,9 +22,24 @@ from pipeline.training.optim import adamw, learning_rate
 from pipeline.training.step import Student, Teacher
 
 SETTINGS = Settings(
-    seed=3, epochs=None, max_steps=6, batch_size=4, micro_batch_size=4, learning_rate=5e-3, min_learning_rate=0.0, schedule="cosine",
-    warmup_steps=1, weight_decay=0.01, betas=(0.9, 0.999), max_grad_norm=1.0, autocast=None, checkpoint_every=2, validate_every=3, select="loss", backend="eager",
-)  # fmt: skip
+    seed=3,
+    epochs=None,
+    max_steps=6,
+    batch_size=4,
+    micro_batch_size=4,
+    learning_rate=5e-3,
+    min_learning_rate=0.0,
+    schedule="cosine",
+    warmup_steps=1,
+    weight_decay=0.01,
+    betas=(0.9, 0.999),
+    max_grad_norm=1.0,
+    autocast=None,
+    checkpoint_every=2,
+    validate_every=3,
+    select="loss",
+    backend="eager",
+)
 PAIRS = ((1, 2), (2, 4))
 OBJECTIVES = {
     "sft": Objective(0.0),
@@ -56,9 +71,13 @@ def teacher() -> Teacher:
 
 
 def run(
-    folder: Path, objective: Objective, settings: Settings = SETTINGS, trained: Student | None = None, stop_at: int | None = None,
+    folder: Path,
+    objective: Objective,
+    settings: Settings = SETTINGS,
+    trained: Student | None = None,
+    stop_at: int | None = None,
     scores: list[float] | None = None,
-) -> tuple[Summary, Student]:  # fmt: skip
+) -> tuple[Summary, Student]:
     trained = trained or student(objective)
     remaining = list(scores or [])
 
@@ -71,9 +90,17 @@ def run(
 
     folder.mkdir(exist_ok=True)
     summary = train(
-        trained, teacher(), objective, rows(folder), settings, pad_token_id=0, folder=folder, validate=validate, on_step=on_step,
+        trained,
+        teacher(),
+        objective,
+        rows(folder),
+        settings,
+        pad_token_id=0,
+        folder=folder,
+        validate=validate,
+        on_step=on_step,
         save_model=lambda target: trained.model.save_pretrained(target),
-    )  # fmt: skip
+    )
     return summary, trained
 
 
