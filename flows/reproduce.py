@@ -13,14 +13,14 @@ from pipeline.artifacts import text_digest
 from pipeline.config import load_experiment
 from pipeline.plan import Plan, plan_experiment
 from pipeline.stages.compare import Trial, git_commit
-from pipeline.stages.prepare import RowsPlan
 from pipeline.tracked import mark_tracked
-from pipeline.tracking import DataInput, MLflowTracker, RunFacts, Tracker, flatten, tracked
+from pipeline.tracking import MLflowTracker, RunFacts, Tracker, flatten, tracked
 from tasks.cache import cache_teacher
 from tasks.compare import compare
 from tasks.evaluate import evaluate
 from tasks.import_model import import_model
 from tasks.prepare import prepare
+from tasks.record import data_input
 from tasks.student import initialise_student
 from tasks.train import train
 
@@ -38,6 +38,7 @@ def reproduce(config: str, overrides: list[str], run_dir: str, until: str = "com
         until: last stage to run, one of STAGES.
     """
     plan = plan_experiment(load_experiment(Path(config), overrides), Path(run_dir))
+    plan.write_config()
     tracker = MLflowTracker(plan.run_dir, plan.experiment.name)
     run_stages(plan, tracker, until)
     if until == STAGES[-1] and not tracker.failures:
@@ -69,7 +70,7 @@ def run_stages(plan: Plan, tracker: Tracker, until: str) -> None:
 def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, str], evaluates: bool) -> None:
     """One row of the comparison, as one flat run."""
     facts = trial_facts(plan, trial, stage_runs)
-    if tracker.delivered(facts.key) is not None:
+    if tracker.delivered(facts.key) is not None and trial.finished():
         return
     run_id = tracker.start(facts)
     with tracked(tracker, run_id):
@@ -77,6 +78,9 @@ def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, 
             train(trial.train, run_id, tracker)
         if evaluates:
             evaluate(trial, run_id, tracker)
+            tracker.log_files(run_id, [plan.config_path], "config")
+            for stage_run in stage_runs.values():
+                tracker.set_tags(stage_run, {f"trial.{trial.name}": run_id})
             tracker.finish(run_id, "FINISHED")
 
 
@@ -89,11 +93,9 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFact
         params |= flatten(trial.train.config.model_dump(mode="json", exclude={"alpha"}), "method.")
         params |= flatten(experiment.train.model_dump(mode="json", exclude={"seeds"}), "train.")
     fingerprints = {plan.benchmark.name: plan.place.fingerprint for plan in trial.evaluations}
-    inputs = [_data_input(b.rows, b.name, b.place.open().manifest.counts["kept"], "evaluation") for b in plan.benchmarks]
+    inputs = [data_input(b.rows, b.name, b.place.open().manifest.counts["kept"], "evaluation") for b in plan.benchmarks]
     if trial.train is not None:
-        inputs.append(
-            _data_input(plan.data.train, "train", plan.data.place.open().manifest.counts["train"]["kept"], "training")
-        )
+        inputs.append(data_input(plan.data.train, "train", plan.data.place.open().manifest.counts["train"]["kept"], "training"))
     return RunFacts(
         key=text_digest(repr([trial.name, trial.train and trial.train.place.fingerprint, sorted(fingerprints.items())]))[:16],
         name=trial.name,
@@ -109,7 +111,3 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFact
         },
         inputs=inputs,
     )
-
-
-def _data_input(rows: RowsPlan, name: str, count: int, context: str) -> DataInput:
-    return DataInput(name, text_digest(repr(rows.identity())), rows.describe(), count, context)

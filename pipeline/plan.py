@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from pipeline.artifacts import write_text_atomically
 from pipeline.config.experiment import Experiment
 from pipeline.errors import ArtifactError, DataError
 from pipeline.models.lens import check_vocabulary_sizes
@@ -58,6 +61,16 @@ class Plan:
                 yield trial.train.place
             yield from (plan.place for plan in trial.evaluations)
         yield self.comparison.place
+
+    @property
+    def config_path(self) -> Path:
+        """Where the experiment is written down as it runs, with includes and overrides applied."""
+        return self.run_dir / self.experiment.name / "config.yaml"
+
+    def write_config(self) -> None:
+        """Write it."""
+        self.config_path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(self.config_path, yaml.safe_dump(self.experiment.model_dump(mode="json"), sort_keys=False))
 
     def finished(self) -> bool:
         """Whether the comparison of exactly this plan is there."""

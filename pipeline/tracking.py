@@ -151,6 +151,7 @@ class MLflowTracker:
         """Create the run, or find it again by its key."""
         known = self._state["runs"].get(run.key)
         if known is not None and self._still_there(known):
+            self._try("go on with a run", lambda: self._client.update_run(known, status="RUNNING"))
             return str(known)
         run_id = self._try("start a run", lambda: self._create(run))
         if run_id is None:

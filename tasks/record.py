@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from prefect.artifacts import create_markdown_artifact
 
-from pipeline.artifacts import Artifact
+from pipeline.artifacts import Artifact, canonical_json, text_digest
 from pipeline.stages.place import Place
-from pipeline.tracking import RunFacts, Tracker, flatten
+from pipeline.stages.prepare import RowsPlan
+from pipeline.tracking import DataInput, RunFacts, Tracker, flatten
 
 
 def stage_experiment(experiment: str) -> str:
@@ -26,7 +29,12 @@ def show_artifact(place: Place, artifact: Artifact) -> None:
     )
 
 
-def track_stage(tracker: Tracker, experiment: str, place: Place, artifact: Artifact) -> str:
+def data_input(rows: RowsPlan, name: str, count: int, context: str) -> DataInput:
+    """Rows as a tracked data set: the digest covers the file's content and the part that was taken from it."""
+    return DataInput(name, text_digest(canonical_json(rows.identity())), rows.describe(), count, context)
+
+
+def track_stage(tracker: Tracker, experiment: str, place: Place, artifact: Artifact, inputs: Sequence[DataInput] = ()) -> str:
     """A run in the stages' experiment; returns its id, to be linked from the trials."""
     key = f"{place.stage}/{place.fingerprint}"
     known = tracker.delivered(key)
@@ -44,6 +52,7 @@ def track_stage(tracker: Tracker, experiment: str, place: Place, artifact: Artif
                 "artifact": str(artifact.path),
                 **{f"upstream.{k}": v for k, v in place.upstream.items()},
             },
+            inputs=inputs,
         )
     )
     numbers = {name: value for name, value in flatten(artifact.manifest.counts).items() if isinstance(value, (int, float))}

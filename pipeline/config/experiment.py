@@ -24,6 +24,7 @@ class Experiment(Strict):
     student: StudentConfig
     data: DataConfig
     benchmarks: dict[str, Benchmark] = Field(min_length=1)
+    """Name → test set; null leaves out one that an included file names."""
     methods: dict[str, MethodConfig] = Field(min_length=1)
     """Name → method. A name that is a method's own needs no `kind`."""
     alpha: float = Field(default=1.0, ge=0, le=1)
@@ -37,8 +38,13 @@ class Experiment(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _kind_from_name(cls, value: Any) -> Any:
-        methods = value.get("methods") if isinstance(value, dict) else None
+    def _fill_and_drop(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        benchmarks = value.get("benchmarks")
+        if isinstance(benchmarks, dict):
+            value = {**value, "benchmarks": {name: item for name, item in benchmarks.items() if item is not None}}
+        methods = value.get("methods")
         if not isinstance(methods, dict):
             return value
         filled: dict[Any, Any] = {}

@@ -37,6 +37,11 @@ class Trial:
     train: TrainPlan | None
     evaluations: tuple[EvaluatePlan, ...]
 
+    def finished(self) -> bool:
+        """Whether every artifact of it is there."""
+        places = [plan.place for plan in self.evaluations] + ([self.train.place] if self.train else [])
+        return all(place.existing() is not None for place in places)
+
     @property
     def name(self) -> str:
         """Short name for people: `distilllens s10`."""

@@ -66,6 +66,8 @@ def test_results_have_every_method_seed_and_benchmark(finished: tuple[Path, Path
 
 
 def test_one_flat_run_per_trial_with_the_same_metric_names(finished: tuple[Path, Path]) -> None:
+    from mlflow import MlflowClient
+
     runs = {run.info.run_name: run for run in mlflow_runs(finished[1], "tiny")}
     assert set(runs) == {"teacher", "untrained", *(f"{m} s{s}" for m in METHODS for s in (10, 20))}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
@@ -90,6 +92,8 @@ def test_one_flat_run_per_trial_with_the_same_metric_names(finished: tuple[Path,
     assert trial.data.params["method.lens.weight"] == "1.0" and trial.data.params["train_seed"] == "10"
     assert trial.data.tags["checkpoint"].endswith("/model") and "git_commit" in trial.data.tags
     inputs = {item.dataset.name: item for item in trial.inputs.dataset_inputs}
+    config = MlflowClient(f"sqlite:///{finished[1].resolve() / 'mlflow.db'}").list_artifacts(trial.info.run_id, "config")
+    assert [file.path for file in config] == ["config/config.yaml"]
     assert set(inputs) == {"train", "general", "tasks"} and all(item.dataset.digest for item in inputs.values())
 
 
@@ -109,7 +113,10 @@ def test_stage_runs_are_kept_apart_and_linked(finished: tuple[Path, Path]) -> No
     stages = {run.info.run_id: run for run in mlflow_runs(finished[1], "tiny · stages")}
     assert {run.data.tags["stage"] for run in stages.values()} == {"prepare", "student", "cache", "compare"}
     trial = next(run for run in mlflow_runs(finished[1], "tiny") if run.info.run_name == "kd s10")
-    assert stages[trial.data.tags["stage_run.cache"]].data.tags["stage"] == "cache"
+    cache = stages[trial.data.tags["stage_run.cache"]]
+    assert cache.data.tags["stage"] == "cache" and cache.data.tags["trial.kd s10"] == trial.info.run_id
+    prepared = stages[trial.data.tags["stage_run.prepare"]]
+    assert {item.dataset.name for item in prepared.inputs.dataset_inputs} == {"train", "dev"}
 
 
 def test_the_prefect_server_knows_every_task(finished: tuple[Path, Path]) -> None:

@@ -150,6 +150,11 @@ def test_a_path_turns_any_source_into_a_local_one_and_keeps_limits_given_with_it
     assert source == LocalData(kind="local", path=Path("rows.csv"), first=64)
 
 
+def test_a_benchmark_set_to_null_is_left_out(tmp_path: Path) -> None:
+    content = {**MINIMAL, "benchmarks": {**MINIMAL["benchmarks"], "vicuna": {"source": {"path": "v.jsonl"}}}}
+    assert list(load_experiment(write(tmp_path, content), ["benchmarks.dolly=null"]).benchmarks) == ["vicuna"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
