@@ -15,6 +15,7 @@ from pipeline.plan import Plan, plan_experiment
 from pipeline.stages.compare import Trial, git_commit
 from pipeline.tracked import mark_tracked
 from pipeline.tracking import MLflowTracker, RunFacts, Tracker, flatten, tracked
+from pipeline.training.device import flush_denormals
 from tasks.cache import cache_teacher
 from tasks.compare import compare
 from tasks.evaluate import evaluate
@@ -37,6 +38,7 @@ def reproduce(config: str, overrides: list[str], run_dir: str, until: str = "com
         run_dir: where everything goes.
         until: last stage to run, one of STAGES.
     """
+    flush_denormals()
     plan = plan_experiment(load_experiment(Path(config), overrides), Path(run_dir))
     plan.write_config()
     tracker = MLflowTracker(plan.run_dir, plan.experiment.name)

@@ -15,3 +15,13 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else None
     return torch.bfloat16 if precision == "bf16" else None
+
+
+def flush_denormals() -> None:
+    """Have the CPU treat numbers below 1.2e-38 as zero; call it before the first tensor operation of a process.
+
+    Lens logits of intermediate layers span tens of thousands, so their exponentials are full of denormal numbers, each of
+    which costs a hundred cycles: measured on SmolLM2's layers 13 and 20, JSD and gradients of 128 rows take 5.7 s with
+    denormals and 0.6 s without. Threads inherit the setting from the thread that starts them, hence "before".
+    """
+    torch.set_flush_denormal(True)
