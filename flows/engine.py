@@ -52,8 +52,8 @@ def users_server() -> str | None:
     return str(url) if url else None
 
 
-def wait_for_recording(flow_run_id: UUID) -> None:
-    """Wait until the server has every task run of a flow run in its final state; it records them with a delay."""
+def wait_for_recording(flow_run_id: UUID, tasks: int) -> None:
+    """Wait until the server has all `tasks` task runs of a flow run in their final state; it records them with a delay."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
@@ -61,7 +61,7 @@ def wait_for_recording(flow_run_id: UUID) -> None:
     with get_client(sync_client=True) as client:
         while time.monotonic() < deadline:
             runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])), limit=200)
-            if runs and all(run.state is not None and run.state.is_final() for run in runs):
+            if len(runs) >= tasks and all(run.state is not None and run.state.is_final() for run in runs):
                 return
             time.sleep(0.3)
     log.warning("Prefect had not recorded every task run after %.0f s", _RECORDING_SECONDS)

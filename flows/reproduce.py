@@ -53,6 +53,7 @@ def run_stages(plan: Plan, tracker: Tracker, until: str) -> None:
     last = STAGES.index(until)
     for model in plan.models:
         import_model(model)
+    tasks = len(plan.models) + 1 + len(plan.benchmarks)
     stage_runs = {"prepare": prepare(plan.data, name, tracker)}
     for benchmark in plan.benchmarks:
         prepare(benchmark, name, tracker)
@@ -60,20 +61,22 @@ def run_stages(plan: Plan, tracker: Tracker, until: str) -> None:
         stage_runs["student"] = initialise_student(plan.student, name, tracker)
         if plan.cache is not None:
             stage_runs["cache"] = cache_teacher(plan.cache, name, tracker)
+        tasks += 1 + (plan.cache is not None)
     if last >= STAGES.index("train"):
         for trial in plan.trials:
-            run_trial(plan, trial, tracker, stage_runs, evaluates=last >= STAGES.index("evaluate"))
+            tasks += run_trial(plan, trial, tracker, stage_runs, evaluates=last >= STAGES.index("evaluate"))
     if last >= STAGES.index("compare"):
         compare(plan.comparison, tracker)
+        tasks += 1
     if flow_run.id is not None:
-        wait_for_recording(UUID(str(flow_run.id)))
+        wait_for_recording(UUID(str(flow_run.id)), tasks)
 
 
-def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, str], evaluates: bool) -> None:
-    """One row of the comparison, as one flat run."""
+def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, str], evaluates: bool) -> int:
+    """One row of the comparison, as one flat run; returns the number of tasks that ran."""
     facts = trial_facts(plan, trial, stage_runs)
     if tracker.delivered(facts.key) is not None and trial.finished():
-        return
+        return 0
     run_id = tracker.start(facts)
     with tracked(tracker, run_id):
         if trial.train is not None:
@@ -84,6 +87,7 @@ def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, 
             for stage_run in stage_runs.values():
                 tracker.set_tags(stage_run, {f"trial.{trial.name}": run_id})
             tracker.finish(run_id, "FINISHED")
+    return (trial.train is not None) + evaluates
 
 
 def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFacts:

@@ -6,9 +6,8 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from pipeline import __version__
@@ -29,6 +28,8 @@ RunDirOption = Annotated[
     Path, typer.Option("--run-dir", metavar="DIR", help="Where artifacts, tracking store and comparison go.")
 ]
 RUNS = Path("runs")
+# Typer brings its own copy of click and exports of its errors only this one and Abort.
+_UsageError: Any = typer.BadParameter.__base__
 
 
 def main() -> None:
@@ -43,10 +44,10 @@ def main() -> None:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
-    except click.ClickException as error:
+    except _UsageError as error:
         error.show()
         code = 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130
     sys.exit(code or 0)
@@ -188,7 +189,10 @@ def _run_until(stage: str, config: Path, overrides: list[str], run_dir: Path) ->
 def _run_flow(config: Path, overrides: list[str], run_dir: Path, until: str) -> None:
     from flows.engine import configure_prefect
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--run-dir: {run_dir} cannot be written ({error.strerror}); choose another with --run-dir") from None
 
     configure_prefect(run_dir)
     from flows.reproduce import reproduce as flow
