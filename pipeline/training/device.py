@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import resource
+import sys
+from pathlib import Path
+
 import torch
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def choose_device() -> torch.device:
@@ -25,3 +32,26 @@ def flush_denormals() -> None:
     denormals and 0.6 s without. Threads inherit the setting from the thread that starts them, hence "before".
     """
     torch.set_flush_denormal(True)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far, so that `peak_memory_gib` is that of what follows and not of whatever ran before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5")  # see proc(5): resets the peak resident set size
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory since `reset_peak_memory`: allocated on CUDA, resident set of the process elsewhere.
+
+    Without procfs the resident set cannot be reset, and the peak is that of the whole process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if _STATUS.exists():
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+        if peak is not None:
+            return int(peak[1]) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

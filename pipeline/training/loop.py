@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +22,7 @@ from pipeline.losses.elementwise import Backend
 from pipeline.losses.objective import Objective
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Progress
+from pipeline.training.device import peak_memory_gib, reset_peak_memory
 from pipeline.training.optim import adamw, learning_rate, set_learning_rate
 from pipeline.training.step import Student, Teacher, optimizer_step
 
@@ -73,7 +72,7 @@ class Summary:
         steps: optimiser steps.
         tokens: real input tokens seen.
         seconds: training time without validation.
-        peak_memory_gib: highest resident memory of the process (CPU) or allocated memory (CUDA).
+        peak_memory_gib: highest resident memory of the process (CPU) or allocated memory (CUDA) during the run.
         best_step: the step whose weights were kept.
         best_value: its value of the selection metric, None for "last".
     """
@@ -131,6 +130,7 @@ def train(
     if progress.step:
         log.info("going on from step %d of %d", progress.step, total)
     metrics = MetricsLog(folder / "metrics.jsonl")
+    reset_peak_memory(student.model.device)
     for step, batch in _batches(rows, settings, progress.step, total):
         started = time.perf_counter()
         micro = [
@@ -204,14 +204,6 @@ class MetricsLog:
             whole = content[: content.rfind(b"\n") + 1]
             if len(whole) < len(content):
                 self._path.write_bytes(whole)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Highest memory so far: allocated on CUDA, resident set of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _batches(rows: Rows, settings: Settings, first: int, total: int) -> Iterator[tuple[int, list[int]]]:
