@@ -99,9 +99,11 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFact
         params |= flatten(trial.train.config.model_dump(mode="json", exclude={"alpha"}), "method.")
         params |= flatten(experiment.train.model_dump(mode="json", exclude={"seeds"}), "train.")
     fingerprints = {plan.benchmark.name: plan.place.fingerprint for plan in trial.evaluations}
-    inputs = [data_input(b.rows, b.name, b.place.open().manifest.counts["kept"], "evaluation") for b in plan.benchmarks]
+    inputs = []
     if trial.train is not None:
-        inputs.append(data_input(plan.data.train, "train", plan.data.place.open().manifest.counts["train"]["kept"], "training"))
+        rows = plan.data.place.open().manifest.counts["train"]["kept"]
+        inputs.append(data_input(plan.data.train, "train", rows, "training"))
+    inputs += [data_input(b.rows, b.name, b.place.open().manifest.counts["kept"], "evaluation") for b in plan.benchmarks]
     return RunFacts(
         key=text_digest(repr([trial.name, trial.train and trial.train.place.fingerprint, sorted(fingerprints.items())]))[:16],
         name=trial.name,
