@@ -134,9 +134,9 @@ def divergence_rows(
     if compiled is not None:
         done = nats.shape[0] - nats.shape[0] % _COMPILED_BLOCK_ROWS
         for rows in row_chunks(0, done, _COMPILED_BLOCK_ROWS):
-            nats[rows] = compiled(student_raw[rows], teacher_raw[rows], _rows_of(weights, rows))
+            nats[rows] = compiled(student_raw[rows], teacher_raw[rows], rows_of(weights, rows))
     for rows in row_chunks(done, nats.shape[0], _eager_block_rows(student_raw)):
-        nats[rows] = kernel(student_raw[rows], teacher_raw[rows], _rows_of(weights, rows))
+        nats[rows] = kernel(student_raw[rows], teacher_raw[rows], rows_of(weights, rows))
     return nats
 
 
@@ -144,7 +144,7 @@ def cross_entropy_rows(kernel: CrossEntropyKernel, student_raw: Tensor, labels: 
     """Nats [n] of raw logits [n, V] against labels [n], block by block; as `divergence_rows`."""
     nats = student_raw.new_empty(student_raw.shape[0], dtype=at_least_float32(student_raw[:0]).dtype)
     for rows in row_chunks(0, nats.shape[0], _eager_block_rows(student_raw)):
-        nats[rows] = kernel(student_raw[rows], labels[rows], _rows_of(weights, rows))
+        nats[rows] = kernel(student_raw[rows], labels[rows], rows_of(weights, rows))
     return nats
 
 
@@ -165,7 +165,8 @@ def keep_freed_blocks() -> None:
 _RowKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+def rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    """Some rows of a tensor that may not be there."""
     return None if tensor is None else tensor[rows]
 
 

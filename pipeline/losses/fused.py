@@ -27,6 +27,7 @@ from pipeline.losses.elementwise import (
     divergence_rows,
     keep_freed_blocks,
     row_chunks,
+    rows_of,
 )
 from pipeline.losses.head import Head
 
@@ -85,7 +86,7 @@ def vocab_divergence(
     teacher = _Projection.of(teacher_hidden, teacher_head, chunk)
 
     def row_loss(rows: slice, student_raw: Tensor) -> Tensor:
-        return divergence_rows(kernel, student_raw, teacher.logits(rows), _rows_of(weights, rows), backend)
+        return divergence_rows(kernel, student_raw, teacher.logits(rows), rows_of(weights, rows), backend)
 
     return _mean_over_rows(row_loss, student_hidden, student_head, chunk, needs, weights)
 
@@ -127,7 +128,7 @@ def vocab_cross_entropy(
     chunk = _chunk_rows(chunk_tokens, student_hidden.shape[0], student_head.size)
 
     def row_loss(rows: slice, student_raw: Tensor) -> Tensor:
-        return cross_entropy_rows(kernel, student_raw, labels[rows], _rows_of(weights, rows))
+        return cross_entropy_rows(kernel, student_raw, labels[rows], rows_of(weights, rows))
 
     return _mean_over_rows(row_loss, student_hidden, student_head, chunk, needs, weights)
 
@@ -293,10 +294,6 @@ def _graph_is_kept() -> bool:
     """Whether another backward pass may follow (retain_graph), so that the saved gradients have to stay as they are."""
     query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return query is None or bool(query())
-
-
-def _rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
 
 
 def _chunk_rows(chunk_tokens: int | None, count: int, vocab_size: int) -> int:

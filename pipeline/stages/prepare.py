@@ -144,7 +144,8 @@ def run(plan: TrainingDataPlan) -> Artifact:
         tokenizer = load_tokenizer(plan.tokenizer.folder())
         config = plan.config
         counts: dict[str, Any] = {}
-        for name, rows, file in (("train", plan.train.read(), TRAIN), ("dev", plan.dev.read(), DEV)):
+        dev = plan.dev.read()
+        for name, rows, file in (("train", plan.train.read(), TRAIN), ("dev", dev, DEV)):
             with progress(f"tokenise {name}", len(rows), "rows") as advance:
                 encoded, found = tokenize.encode_training(
                     rows,
@@ -163,7 +164,7 @@ def run(plan: TrainingDataPlan) -> Artifact:
                 "response_tokens": sum(len(row.input_ids) - row.prompt_tokens for row in encoded),
             }
         dev_prompts, _ = tokenize.encode_prompts(
-            plan.dev.read(), tokenizer, config.template, max_prompt_tokens=config.max_prompt_tokens, overlong=config.overlong
+            dev, tokenizer, config.template, max_prompt_tokens=config.max_prompt_tokens, overlong=config.overlong
         )
         tokenize.write_prompts(folder / DEV_PROMPTS, dev_prompts)
         return counts
