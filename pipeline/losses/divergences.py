@@ -36,13 +36,29 @@ normalisation is the caller's: d nats / d logits = g - softmax · sum(g).
 
 def log_probs(logits: Tensor) -> Tensor:
     """Log-probabilities [..., V] of logits [..., V], at least LOG_ZERO; not differentiable."""
-    return logits.log_softmax(-1).clamp_(min=LOG_ZERO)
+    shifted = logits - logits.amax(-1, keepdim=True)
+    log_total = shifted.clamp(min=_negligible(logits)).exp_().sum(-1, keepdim=True).log_()
+    return shifted.sub_(log_total).clamp_(min=LOG_ZERO)
+
+
+def probs(log_probs: Tensor) -> Tensor:
+    """Probabilities [..., V] of log-probabilities [..., V]; those below 1e-26 (float64: 1e-260) are exactly 0.
+
+    exp() of what lies far below takes a processor a hundred times as long as any other, and the lens logits of middle layers
+    spread over thousands of nats. What is left out of a sum over V terms is below 1e-20.
+    """
+    lowest = _negligible(log_probs)
+    return torch.nn.functional.threshold_(log_probs.clamp(min=lowest).exp_(), 1.2 * math.exp(lowest), 0.0)
+
+
+def _negligible(tensor: Tensor) -> float:
+    return -600.0 if tensor.dtype == torch.float64 else -60.0
 
 
 def _kl_terms(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
     """A and log(a / b), with a = 0 where the term a · log(a / b) is left out."""
     b_is_positive = (log_b - LOG_ZERO).clamp_(max=1.0)
-    return log_a.exp().mul_(b_is_positive), log_a - log_b
+    return probs(log_a).mul_(b_is_positive), log_a - log_b
 
 
 def forward_kl_terms(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,12 +94,13 @@ def jensen_shannon_terms(beta: float = 0.5) -> Divergence:
         gap = log_q - log_p
         if offset != 0.0:
             gap = gap.add_(offset)
-        above_larger = gap.abs().neg_().exp_().log1p_()
+        # Below the clamp the term vanishes beside log 2; log1p of such numbers is as slow as exp of what underflows.
+        above_larger = gap.abs().neg_().clamp_(min=-45.0 if gap.dtype == torch.float64 else -24.0).exp_().log1p_()
         log_student_share = gap.clamp(max=0.0).sub_(above_larger)
         log_teacher_share = torch.sub(log_student_share, gap, out=gap)
-        teacher_part = log_teacher_share.sub_(log_teacher_weight).mul_(log_p.exp()).sum(-1)
+        teacher_part = log_teacher_share.sub_(log_teacher_weight).mul_(probs(log_p)).sum(-1)
         # The derivative through the mixture cancels the one of q · log q; what remains is the student's own term.
-        student_part = log_student_share.sub_(log_student_weight).mul_(log_q.exp()).mul_(1.0 - beta)
+        student_part = log_student_share.sub_(log_student_weight).mul_(probs(log_q)).mul_(1.0 - beta)
         return student_part.sum(-1).add(teacher_part, alpha=beta), student_part
 
     return terms
@@ -101,7 +118,7 @@ def adaptive_kl_terms(mu: float = 0.5) -> Divergence:
         )
 
     def terms(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        head_weight = _head_share_of_gap(log_p.exp(), log_q.exp(), mu)
+        head_weight = _head_share_of_gap(probs(log_p), probs(log_q), mu)
         forward, forward_grad = forward_kl_terms(log_p, log_q)
         reverse, reverse_grad = reverse_kl_terms(log_p, log_q)
         return (

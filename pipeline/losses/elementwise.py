@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from pipeline.losses.divergences import Divergence, at_least_float32, log_probs
+from pipeline.losses.divergences import Divergence, at_least_float32, log_probs, probs
 from pipeline.losses.head import Head
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class DivergenceKernel:
         log_q = log_probs(logits)
         nats, grad = self.divergence(log_p, log_q)
         if self.with_grad:
-            grad = self._through_softmax(grad, log_q.exp())
+            grad = self._through_softmax(grad, probs(log_q))
             if weights is not None:
                 grad = grad * weights.unsqueeze(-1)
             student_raw.copy_(self.student.pull_back(grad, logits))
@@ -112,11 +112,11 @@ class CrossEntropyKernel:
     def __call__(self, student_raw: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """Nats [n] of raw logits [n, V] and labels [n]; with `with_grad`, `student_raw` becomes the weighted gradient."""
         logits = self.student.apply(student_raw)
-        log_q = logits.log_softmax(-1)
+        log_q = log_probs(logits)
         at_label = labels.unsqueeze(-1)
         nats = -log_q.gather(-1, at_label).squeeze(-1)
         if self.with_grad:
-            grad = log_q.exp_()
+            grad = probs(log_q)
             grad.scatter_add_(-1, at_label, grad.new_full(at_label.shape, -1.0))
             if weights is not None:
                 grad *= weights.unsqueeze(-1)
