@@ -50,6 +50,18 @@ class Lens(Strict):
     """Apply each model's final norm to intermediate states before the head (hazard 2); the paper does not."""
     mask_layout: Literal["aligned", "official"] = "aligned"
     """`official` reproduces the published code's mask tiling at batch > 1 (hazard 1)."""
+    token_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the response positions that each pair compares, drawn anew every step; below 1 the lens term and its gradient
+    are unbiased estimates at a fraction of the cost, with a variance that the README's table shows."""
+
+    @model_validator(mode="after")
+    def _official_compares_all(self) -> Lens:
+        if self.token_fraction < 1 and self.mask_layout == "official":
+            raise ValueError(
+                f"token_fraction {self.token_fraction} goes with mask_layout aligned only: the published code compares every "
+                "position; remove one of the two"
+            )
+        return self
 
 
 class Features(Strict):

@@ -48,7 +48,7 @@ def probs(log_probs: Tensor) -> Tensor:
     spread over thousands of nats. What is left out of a sum over V terms is below 1e-20.
     """
     lowest = _negligible(log_probs)
-    return torch.nn.functional.threshold_(log_probs.clamp(min=lowest).exp_(), 1.2 * math.exp(lowest), 0.0)
+    return torch.nn.functional.threshold(log_probs.clamp(min=lowest).exp_(), 1.2 * math.exp(lowest), 0.0, inplace=True)
 
 
 def _negligible(tensor: Tensor) -> float:

@@ -5,7 +5,7 @@ L = (1 − α)·CE(labels, q) + α·[ D_task(p, q) + λ · mean over pairs of D_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -32,6 +32,8 @@ class LensTerm:
         pairs: (student layer, teacher layer).
         final_norm: apply each model's final norm to intermediate states first.
         mask_layout: "aligned", or "official" (hazard 1).
+        token_fraction: share of the response positions that each pair compares, drawn anew for every pair, row and step; the
+            estimate is unbiased, see `sampled_positions`.
     """
 
     weight: float
@@ -39,6 +41,7 @@ class LensTerm:
     pairs: tuple[LayerPair, ...]
     final_norm: bool
     mask_layout: str
+    token_fraction: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def compute(
     denominator: int,
     projection: nn.Module | None = None,
     backend: Backend = "eager",
+    row_seeds: Sequence[int] = (),
 ) -> Terms:
     """Every term of one micro-batch, divided by the optimiser step's response tokens.
 
@@ -141,6 +145,7 @@ def compute(
             of the micro-batches' losses is the mean over the step.
         projection: the learned projection of the feature term.
         backend: how the divergences' elementwise part runs, see `pipeline.losses.elementwise`.
+        row_seeds: B seeds of the rows' token draws; read only where `token_fraction` is below 1.
 
     Raises:
         ValueError: a term needs a teacher or a projection that is not there.
@@ -153,7 +158,7 @@ def compute(
         parts["ce"] = share * vocab_cross_entropy(final, student.head, labels.flatten()[positions])
     if objective.alpha > 0:
         parts |= _teacher_terms(
-            objective, student, _required(teacher, "teacher"), labels, positions, final, share, projection, backend
+            objective, student, _required(teacher, "teacher"), labels, positions, final, share, projection, backend, row_seeds
         )
     weights = {
         "ce": 1 - objective.alpha,
@@ -175,6 +180,7 @@ def _teacher_terms(
     share: float,
     projection: nn.Module | None,
     backend: Backend,
+    row_seeds: Sequence[int],
 ) -> dict[str, Tensor]:
     parts: dict[str, Tensor] = {}
     if objective.task is not None:
@@ -187,7 +193,7 @@ def _teacher_terms(
             backend=backend,
         )
     if objective.lens is not None:
-        parts["lens"] = share * lens_divergence(objective.lens, student, teacher, labels, positions, backend)
+        parts["lens"] = share * lens_divergence(objective.lens, student, teacher, labels, positions, backend, row_seeds)
     if objective.features is not None:
         parts["features"] = share * feature_error(
             objective.features, student, teacher, labels, positions, _required(projection, "projection")
@@ -196,16 +202,22 @@ def _teacher_terms(
 
 
 def lens_divergence(
-    term: LensTerm, student: Side, teacher: Side, labels: Tensor, positions: Tensor, backend: Backend = "eager"
+    term: LensTerm,
+    student: Side,
+    teacher: Side,
+    labels: Tensor,
+    positions: Tensor,
+    backend: Backend = "eager",
+    row_seeds: Sequence[int] = (),
 ) -> Tensor:
     """Mean over pairs and response tokens of the divergence between lens distributions, nats (eq. 7 of the paper).
 
     All pairs go through one pass: their rows are concatenated.
     """
-    where = [positions] * len(term.pairs) if term.mask_layout == "aligned" else official_positions(labels, len(term.pairs))
+    where, scale = _compared_positions(term, labels, positions, row_seeds)
     student_rows = [student.lens_states(layer, at, term.final_norm) for (layer, _), at in zip(term.pairs, where, strict=True)]
     teacher_rows = [teacher.lens_states(layer, at, term.final_norm) for (_, layer), at in zip(term.pairs, where, strict=True)]
-    return vocab_divergence(
+    mean = vocab_divergence(
         torch.cat(student_rows),
         student.head,
         torch.cat(teacher_rows),
@@ -213,6 +225,52 @@ def lens_divergence(
         divergence=term.divergence,
         backend=backend,
     )
+    return mean if scale == 1.0 else scale * mean
+
+
+def _compared_positions(
+    term: LensTerm, labels: Tensor, positions: Tensor, row_seeds: Sequence[int]
+) -> tuple[list[Tensor], float]:
+    """Positions that each pair compares, and what their mean is multiplied by to estimate the mean over all positions."""
+    if term.mask_layout == "official":
+        return official_positions(labels, len(term.pairs)), 1.0
+    if term.token_fraction == 1.0:
+        return [positions] * len(term.pairs), 1.0
+    where = sampled_positions(labels, len(term.pairs), term.token_fraction, row_seeds)
+    expected = term.token_fraction * len(positions) * len(term.pairs)
+    return where, sum(map(len, where)) / expected if expected else 1.0
+
+
+def sampled_positions(labels: Tensor, pairs: int, fraction: float, row_seeds: Sequence[int]) -> list[Tensor]:
+    """A random subset of the response positions for each pair, every position with the same probability `fraction`.
+
+    Of a row's n response tokens a pair takes floor(fraction · n + u), u uniform in [0, 1), without replacement, so the sum over
+    them divided by `fraction` has the full sum as its expectation, and so has its gradient (Horvitz–Thompson). A row's draw
+    depends on its own seed alone: it is the same however the step is cut into micro-batches.
+
+    Args:
+        labels: [B, T]; IGNORE_INDEX outside the response.
+        pairs: K.
+        fraction: in (0, 1].
+        row_seeds: B.
+
+    Returns:
+        K tensors of ascending flat positions.
+
+    Raises:
+        ValueError: there are not as many seeds as rows.
+    """
+    if len(row_seeds) != labels.shape[0]:
+        raise ValueError(f"{len(row_seeds)} row seeds for {labels.shape[0]} rows; token_fraction below 1 needs one for each")
+    response = (labels != IGNORE_INDEX).cpu()
+    chosen: list[list[Tensor]] = [[] for _ in range(pairs)]
+    for row, seed in enumerate(row_seeds):
+        own = response[row].nonzero().squeeze(1) + row * labels.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        for taken in chosen:
+            count = int(fraction * len(own) + float(torch.rand((), generator=generator)))
+            taken.append(own[torch.randperm(len(own), generator=generator)[:count].sort().values])
+    return [torch.cat(taken).to(labels.device) for taken in chosen]
 
 
 def official_positions(labels: Tensor, pairs: int) -> list[Tensor]:

@@ -195,7 +195,9 @@ def build_objective(plan: TrainPlan, provenance: list[int] | None, teacher_layer
         return Objective(alpha=0.0)
     if isinstance(config, DistillLens):
         lens = config.lens
-        term = LensTerm(lens.weight, lens.divergence, resolve(lens.pairs, "lens"), lens.final_norm, lens.mask_layout)
+        term = LensTerm(
+            lens.weight, lens.divergence, resolve(lens.pairs, "lens"), lens.final_norm, lens.mask_layout, lens.token_fraction
+        )
         return Objective(plan.alpha, config.task, lens=term)
     if isinstance(config, Mse):
         features = config.features

@@ -51,6 +51,11 @@ class OnlineTeacher:
         """L_T, the number of transformer layers."""
         return len(blocks(self._model))
 
+    @property
+    def reads_ahead(self) -> bool:
+        """False: it computes, on the cores or the device of the step itself."""
+        return False
+
     def signal(self, batch: Batch, layers: Sequence[int]) -> OnlineSignal:
         """Run the teacher's body on the batch, which must be on its device.
 

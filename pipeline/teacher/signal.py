@@ -37,6 +37,11 @@ class TeacherSource(Protocol):
         """L_T, the number of transformer layers."""
         ...
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether signals may be made on another thread, beside a training step (reading does, computing would compete)."""
+        ...
+
     def signal(self, batch: Batch, layers: Sequence[int]) -> TeacherSignal:
         """The signal of one batch; `layers` lists every layer that will be asked for."""
         ...

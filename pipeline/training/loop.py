@@ -10,35 +10,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from pipeline.data.batching import epoch_batches, micro_batches
-from pipeline.data.collate import Batch, collate
-from pipeline.data.examples import EncodedExample
+from pipeline.data.collate import Batch
 from pipeline.errors import DataError, TrainingError
 from pipeline.losses.elementwise import Backend
-from pipeline.losses.objective import Objective
+from pipeline.losses.objective import Objective, teacher_layers
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Progress
 from pipeline.training.device import peak_memory_gib, reset_peak_memory
+from pipeline.training.feed import Order, Rows, StepInput, feed
 from pipeline.training.optim import adamw, learning_rate, set_learning_rate
 from pipeline.training.step import Student, Teacher, optimizer_step
 
 log = logging.getLogger(__name__)
-
-
-class Rows(Protocol):
-    """The tokenised training rows."""
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Input tokens of each row."""
-        ...
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> EncodedExample: ...
 
 
 @dataclass(frozen=True)
@@ -131,12 +117,14 @@ def train(
         log.info("going on from step %d of %d", progress.step, total)
     metrics = MetricsLog(folder / "metrics.jsonl")
     reset_peak_memory(student.model.device)
-    for step, batch in _batches(rows, settings, progress.step, total):
-        started = time.perf_counter()
-        micro = [
-            collate([rows[i] for i in part], pad_token_id).to(student.model.device)
-            for part in micro_batches(batch, settings.micro_batch_size)
-        ]
+    order = Order(settings.batch_size, settings.micro_batch_size, settings.seed, total)
+    steps = feed(
+        rows, order, progress.step, pad_token_id=pad_token_id, device=student.model.device,
+        source=teacher.source if teacher else None,
+        layers=teacher_layers(objective, teacher.lens.num_layers) if teacher else (),
+    )  # fmt: skip
+    for started, inputs in _timed(steps):
+        step, micro = inputs.step, inputs.micro_batches
         rate = learning_rate(
             step, total, schedule=settings.schedule, peak=settings.learning_rate,
             floor=settings.min_learning_rate, warmup=settings.warmup_steps,
@@ -152,6 +140,8 @@ def train(
             max_grad_norm=settings.max_grad_norm,
             autocast=settings.autocast,
             backend=settings.backend,
+            signals=inputs.signals,
+            draw=step + (settings.seed << 32),
         )
         _check_finite(losses, step, micro)
         seconds = time.perf_counter() - started
@@ -206,17 +196,14 @@ class MetricsLog:
                 self._path.write_bytes(whole)
 
 
-def _batches(rows: Rows, settings: Settings, first: int, total: int) -> Iterator[tuple[int, list[int]]]:
-    """(step, row indices) from step `first` on; the order depends on the seed and the lengths alone."""
-    per_epoch = math.ceil(len(rows) / settings.batch_size)
-    step = first
-    while step < total:
-        order = epoch_batches(rows.lengths, settings.batch_size, settings.seed, step // per_epoch)
-        for batch in order[step % per_epoch :]:
-            if step == total:
-                return
-            yield step, batch
-            step += 1
+def _timed(steps: Iterator[StepInput]) -> Iterator[tuple[float, StepInput]]:
+    """Each step's input with the time at which the loop began to wait for it: waiting for data is part of a step."""
+    while True:
+        started = time.perf_counter()
+        inputs = next(steps, None)
+        if inputs is None:
+            return
+        yield started, inputs
 
 
 def _validates(step: int, total: int, per_epoch: int, every: int | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from pipeline.data.collate import Batch
 from pipeline.losses import objective as losses
 from pipeline.losses.elementwise import Backend
 from pipeline.models.lens import LogitLens
-from pipeline.teacher.signal import TeacherSource
+from pipeline.teacher.signal import TeacherSignal, TeacherSource
 from pipeline.training.optim import clip_gradients
 
 
@@ -55,17 +56,39 @@ def optimizer_step(
     max_grad_norm: float | None,
     autocast: torch.dtype | None,
     backend: Backend = "eager",
+    signals: Sequence[TeacherSignal] | None = None,
+    draw: int = 0,
 ) -> dict[str, float]:
     """Train on one batch, given as micro-batches; the result does not depend on how it is divided.
+
+    Args:
+        student: trained in place.
+        teacher: needed by every method but SFT.
+        objective: the method.
+        micro_batches: the step's rows.
+        optimizer: of the student's parameters.
+        max_grad_norm: None leaves gradients as they are.
+        autocast: dtype of the forward passes, None for the parameters' own.
+        backend: how the divergences' elementwise part runs.
+        signals: the teacher's states of each micro-batch where they were read ahead; None asks the teacher now.
+        draw: names this step's random draws (`lens.token_fraction`).
 
     Returns:
         "loss", "loss_<term>" for each term (nats, mean over the step's response tokens), "grad_norm" before clipping.
     """
     denominator = sum(sum(batch.response_counts) for batch in micro_batches)
     totals: dict[str, Tensor] = {}
-    for batch in micro_batches:
+    for index, batch in enumerate(micro_batches):
         terms = micro_batch_loss(
-            student, teacher, objective, batch, denominator=denominator, autocast=autocast, backend=backend
+            student,
+            teacher,
+            objective,
+            batch,
+            denominator=denominator,
+            autocast=autocast,
+            backend=backend,
+            signal=None if signals is None else signals[index],
+            draw=draw,
         )
         terms.total.backward()  # type: ignore[no-untyped-call]
         for name, value in {"loss": terms.total.detach(), **{f"loss_{k}": v for k, v in terms.parts.items()}}.items():
@@ -85,6 +108,8 @@ def micro_batch_loss(
     denominator: int,
     autocast: torch.dtype | None,
     backend: Backend = "eager",
+    signal: TeacherSignal | None = None,
+    draw: int = 0,
 ) -> losses.Terms:
     """Forward pass of one micro-batch: the student's body once, the teacher's states, the terms. No full logits are made."""
     device = student.model.device.type
@@ -95,7 +120,7 @@ def micro_batch_loss(
         )
         teacher_side = None
         if objective.needs_teacher and teacher is not None:
-            signal = teacher.source.signal(batch, losses.teacher_layers(objective, teacher.lens.num_layers))
+            signal = signal or teacher.source.signal(batch, losses.teacher_layers(objective, teacher.lens.num_layers))
             teacher_side = losses.Side(signal.states, teacher.lens.head, teacher.lens.norm, teacher.lens.num_layers)
         return losses.compute(
             objective,
@@ -105,7 +130,16 @@ def micro_batch_loss(
             denominator=denominator,
             projection=student.projection,
             backend=backend,
+            row_seeds=_row_seeds(objective, batch, draw),
         )
+
+
+def _row_seeds(objective: losses.Objective, batch: Batch, draw: int) -> list[int]:
+    """A seed per row from the step's draw and the row's id; empty where nothing is drawn."""
+    if objective.lens is None or objective.lens.token_fraction == 1.0:
+        return []
+    digests = (hashlib.sha256(f"{draw}\0{example_id}".encode()).digest() for example_id in batch.example_ids)
+    return [int.from_bytes(digest[:8], "big", signed=True) for digest in digests]
 
 
 def _student_states(model: PreTrainedModel, batch: Batch, layers: Sequence[int]) -> losses.States:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from pipeline.teacher.cache.schema import (
     scale_column,
     verify_shard,
 )
-from pipeline.teacher.signal import TeacherSignal, TeacherSource
 
 
 @dataclass(frozen=True)
@@ -47,22 +45,34 @@ class CachedSignal:
     device: torch.device
 
     def states(self, layer: int, positions: Tensor) -> Tensor:
-        """States [N, d], float32, after `layer` at the batch's response positions.
+        """States [N, d], float32, after `layer` at response positions of the batch, all or some.
 
         Raises:
             CacheMismatchError: other positions are asked for.
             ValueError: the layer was not asked for when the signal was made.
         """
-        if not _same_positions(positions, self.positions):
-            raise CacheMismatchError(
-                f"asked for {len(positions)} positions other than the batch's {len(self.positions)} response positions, and a "
-                "teacher cache holds nothing else; set cache.enabled: false to run the teacher online"
-            )
         if layer not in self.stored:
             raise ValueError(f"teacher layer {layer} is not in this signal; it was made for {sorted(self.stored)}")
         # The move comes first: narrow types cross to the device in a half or a quarter of the bytes.
-        scale = self.scales[layer].to(self.device) if layer in self.scales else None
-        return decode(self.stored[layer].to(self.device), scale)
+        stored, scale = self.stored[layer].to(self.device), self.scales.get(layer)
+        scale = None if scale is None else scale.to(self.device)
+        rows = self._rows(positions)
+        if rows is not None:
+            stored, scale = stored[rows], None if scale is None else scale[rows]
+        return decode(stored, scale)
+
+    def _rows(self, positions: Tensor) -> Tensor | None:
+        """Indices of `positions` among the stored ones; None where they are the stored ones."""
+        if _same_positions(positions, self.positions):
+            return None
+        held = self.positions.to(positions.device)
+        rows = torch.searchsorted(held, positions.contiguous()).clamp(max=max(len(held) - 1, 0))
+        if len(held) == 0 or not torch.equal(held[rows], positions):
+            raise CacheMismatchError(
+                f"asked for {len(positions)} positions that are not all among the batch's {len(held)} response positions, and "
+                "a teacher cache holds nothing else; set cache.enabled: false to run the teacher online"
+            )
+        return rows
 
 
 class CachedTeacher:
@@ -97,6 +107,11 @@ class CachedTeacher:
     def num_layers(self) -> int:
         """L_T, the number of transformer layers."""
         return self._ledger.num_layers
+
+    @property
+    def reads_ahead(self) -> bool:
+        """True: a signal is a copy out of the memory map."""
+        return True
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -159,28 +174,6 @@ class CachedTeacher:
             f"{self._folder}: {len(names)} examples are not in the teacher cache ({shown}); it holds {len(self._rows)} others: "
             "capture one for this dataset"
         )
-
-
-def prefetch(
-    source: TeacherSource, batches: Iterable[Batch], layers: Sequence[int], depth: int = 2
-) -> Iterator[tuple[Batch, TeacherSignal]]:
-    """Batches with their signals, up to `depth` signals being read on a background thread.
-
-    An exception of the source is raised when its batch is due. Closing the iterator waits for the read under way.
-    """
-    pending: deque[tuple[Batch, Future[TeacherSignal]]] = deque()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    try:
-        for batch in batches:
-            pending.append((batch, thread.submit(source.signal, batch, layers)))
-            if len(pending) > depth:
-                ready, signal = pending.popleft()
-                yield ready, signal.result()
-        while pending:
-            ready, signal = pending.popleft()
-            yield ready, signal.result()
-    finally:
-        thread.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,10 @@ def test_every_problem_is_in_one_message(tmp_path: Path) -> None:
         ({"train": {"max_steps": 3, "seeds": [1, 1]}}, "repeats a seed"),
         ({"train": {"max_steps": 3, "micro_batch_size": 9}}, "micro_batch_size 9 is larger than batch_size 8"),
         ({"train": {"max_steps": 3, "learning_rate": float("nan")}}, "train.learning_rate: "),
+        (
+            {"methods": {"distilllens": {"lens": {"token_fraction": 0.5, "mask_layout": "official"}}}},
+            "methods.distilllens.lens: token_fraction 0.5 goes with mask_layout aligned only",
+        ),
         ({"benchmarks": {"dolly": {"source": {"kind": "held_out", "part": "test"}}}}, "data.held_out.test is 0"),
         ({"include": "x.yaml"}, "include: 'x.yaml' must be a list"),
         ({"include": ["absent.yaml"]}, "cannot be read"),

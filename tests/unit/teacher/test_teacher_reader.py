@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from pipeline.data.collate import Batch, collate
 from pipeline.data.examples import EncodedExample
 from pipeline.errors import ArtifactError, CacheMismatchError
-from pipeline.teacher.cache.reader import CachedTeacher, prefetch
+from pipeline.teacher.cache.reader import CachedTeacher
 from pipeline.teacher.cache.schema import CacheKey
 from pipeline.teacher.cache.writer import CaptureCounts
 from pipeline.teacher.online import OnlineTeacher
@@ -89,11 +88,14 @@ def test_bounds_of_every_dtype_hold_through_the_files(
         assert not torch.equal(found, exact), dtype
 
 
-def test_equal_positions_serve_and_others_do_not(cached: CachedTeacher, rows: list[EncodedExample]) -> None:
+def test_response_positions_serve_and_others_do_not(cached: CachedTeacher, rows: list[EncodedExample]) -> None:
     batch = collate(rows[:3], 0)
     signal = cached.signal(batch, [2])
     assert torch.equal(signal.states(2, batch.response_positions.clone()), signal.states(2, batch.response_positions))
-    for positions in (batch.response_positions[:-1], batch.response_positions.flip(0), torch.arange(batch.input_ids.numel())):
+    held = signal.states(2, batch.response_positions)
+    assert torch.equal(signal.states(2, batch.response_positions[1::2]), held[1::2])
+    assert torch.equal(signal.states(2, batch.response_positions.flip(0)), held.flip(0))
+    for positions in (torch.arange(batch.input_ids.numel()), batch.response_positions[:1] - 1, batch.response_positions + 1):
         with pytest.raises(CacheMismatchError, match="holds nothing else; set cache.enabled: false to run the teacher online"):
             signal.states(2, positions)
 
@@ -191,66 +193,3 @@ def test_checksums_are_computed_once(folder: Path, make_key: MakeKey, monkeypatc
 
 def batches_of(rows: Sequence[EncodedExample]) -> list[Batch]:
     return [collate(rows[i : i + 3], 0) for i in range(0, len(rows), 3)]
-
-
-@pytest.mark.parametrize("depth", [1, 2, 10])
-def test_prefetch_gives_what_the_source_gives(cached: CachedTeacher, rows: list[EncodedExample], depth: int) -> None:
-    batches = batches_of(rows)
-    found = list(prefetch(cached, batches, [2], depth))
-    assert [batch for batch, _ in found] == batches
-    for batch, signal in found:
-        expected = cached.signal(batch, [2]).states(2, batch.response_positions)
-        assert torch.equal(signal.states(2, batch.response_positions), expected)
-
-
-class Recording:
-    """A source that notes which batches it read, on which thread, and fails on demand."""
-
-    num_layers = 4
-
-    def __init__(self, fail_at: int | None = None) -> None:
-        self.read: list[tuple[str, ...]] = []
-        self.threads: set[int] = set()
-        self.fail_at = fail_at
-
-    def signal(self, batch: Batch, layers: Sequence[int]) -> Any:
-        self.read.append(batch.example_ids)
-        self.threads.add(threading.get_ident())
-        if self.fail_at == len(self.read) - 1:
-            raise CacheMismatchError("from the thread")
-        return self
-
-
-def test_prefetch_reads_ahead_on_another_thread_within_its_bound(rows: list[EncodedExample]) -> None:
-    source, drawn = Recording(), []
-
-    def batches() -> Iterator[Batch]:
-        for batch in batches_of(rows):
-            drawn.append(batch)
-            yield batch
-
-    stream = prefetch(source, batches(), [2], depth=1)  # type: ignore[arg-type]
-    next(stream)
-    assert len(drawn) == 2
-    stream.close()
-    assert source.threads and threading.get_ident() not in source.threads
-    assert len(source.read) <= 2
-    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
-
-
-def test_prefetch_raises_when_the_batch_is_due(rows: list[EncodedExample]) -> None:
-    seen = []
-    with pytest.raises(CacheMismatchError, match="from the thread"):
-        for batch, _ in prefetch(Recording(fail_at=2), batches_of(rows), [2], depth=2):  # type: ignore[arg-type]
-            seen.append(batch.example_ids)
-    assert len(seen) == 2
-    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
-
-
-def test_prefetch_passes_on_what_the_batches_raise(rows: list[EncodedExample]) -> None:
-    def batches() -> Iterator[Batch]:
-        yield collate(rows[:1], 0)
-        raise RuntimeError("from the batches")
-
-    with pytest.raises(RuntimeError, match="from the batches"):
-        list(prefetch(Recording(), batches(), [2]))  # type: ignore[arg-type]
