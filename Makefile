@@ -48,8 +48,8 @@ reproduce: $(VENV)/.fetched ## run the quickstart end to end
 test: $(VENV)/.installed-test $(VENV)/.fetched ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-bench: $(VENV)/.installed-test $(VENV)/.fetched ## run the benchmarks (minutes)
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-only -s
+bench: $(VENV)/.installed-test $(VENV)/.fetched ## run the benchmarks (half an hour on two quiet cores), write bench.json
+	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-columns=median,rounds -s
 
 checks: $(VENV)/.installed-checks ## lint and type checks
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The whole experiment, readable as the picture: prepare → student → cache → train → evaluate → compare."""
+"""The whole experiment, readable as the picture: prepare → teacher → student → cache → train → evaluate → compare."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from pipeline.training.device import flush_denormals
 from tasks.cache import cache_teacher
 from tasks.compare import compare
 from tasks.evaluate import evaluate
+from tasks.finetune_teacher import finetune_teacher
 from tasks.import_model import import_model
+from tasks.lens_profile import profile_lens
 from tasks.prepare import prepare
 from tasks.record import data_input
+from tasks.seqkd import generate
 from tasks.student import initialise_student
 from tasks.train import train
 
@@ -58,11 +61,16 @@ def run_stages(plan: Plan, tracker: Tracker, until: str) -> None:
     for benchmark in plan.benchmarks:
         prepare(benchmark, name, tracker)
     if last >= STAGES.index("cache"):
+        if plan.finetune is not None:
+            stage_runs["teacher"] = finetune_teacher(plan.finetune, name, tracker)
         stage_runs["student"] = initialise_student(plan.student, name, tracker)
         if plan.cache is not None:
             stage_runs["cache"] = cache_teacher(plan.cache, name, tracker)
-        tasks += 1 + (plan.cache is not None)
+        tasks += 1 + (plan.finetune is not None) + (plan.cache is not None)
     if last >= STAGES.index("train"):
+        for generation in plan.generations:
+            stage_runs[f"seqkd.{generation.place.fingerprint}"] = generate(generation, name, tracker)
+        tasks += len(plan.generations)
         for trial in plan.trials:
             tasks += run_trial(plan, trial, tracker, stage_runs, evaluates=last >= STAGES.index("evaluate"))
     if last >= STAGES.index("compare"):
@@ -83,11 +91,13 @@ def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, 
             train(trial.train, run_id, tracker)
         if evaluates:
             evaluate(trial, run_id, tracker)
+            if trial.profile is not None:
+                profile_lens(trial.profile, run_id, tracker)
             tracker.log_files(run_id, [plan.config_path], "config")
             for stage_run in stage_runs.values():
                 tracker.set_tags(stage_run, {f"trial.{trial.name}": run_id})
             tracker.finish(run_id, "FINISHED")
-    return (trial.train is not None) + evaluates
+    return (trial.train is not None) + evaluates * (1 + (trial.profile is not None))
 
 
 def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFacts:
@@ -96,9 +106,11 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFact
     params = {"method": trial.method, "student": plan.student.config.kind, "student_layers": plan.student.layers}
     if trial.train is not None:
         params |= {"train_seed": trial.seed, "alpha": trial.train.alpha}
-        params |= flatten(trial.train.config.model_dump(mode="json", exclude={"alpha"}), "method.")
-        params |= flatten(experiment.train.model_dump(mode="json", exclude={"seeds"}), "train.")
+        params |= flatten(trial.train.config.model_dump(mode="json", exclude={"alpha", "train"}), "method.")
+        params |= flatten(trial.train.training.model_dump(mode="json", exclude={"seeds"}), "train.")
     fingerprints = {plan.benchmark.name: plan.place.fingerprint for plan in trial.evaluations}
+    if trial.profile is not None:
+        fingerprints["lens profile"] = trial.profile.place.fingerprint
     inputs = []
     if trial.train is not None:
         rows = plan.data.place.open().manifest.counts["train"]["kept"]

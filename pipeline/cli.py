@@ -136,6 +136,30 @@ def validate(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirO
 
 
 @app.command()
+def lens(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="The student: a transformers folder or a training artifact.")
+    ],
+    teacher: Annotated[Path, typer.Option("--teacher", metavar="T", help="The teacher: a transformers folder.")],
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What both models read.")],
+    final_norm: Annotated[
+        bool, typer.Option("--final-norm", help="Norm intermediate states first (the classic lens; the paper does not).")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where FILE.png, .svg and .json go.")] = Path("lens"),
+    positions: Annotated[int, typer.Option("--positions", help="How many of the prompt's last tokens to show.")] = 8,
+    template: Annotated[
+        str | None, typer.Option("--template", help="Wrap the prompt: alpaca or chat (default: the text as it is).")
+    ] = None,
+) -> None:
+    """Print the top token per layer of both models side by side and write a heat map."""
+    from pipeline.evaluation.lens_view import run_lens
+    from pipeline.training.device import flush_denormals
+
+    flush_denormals()
+    run_lens(checkpoint, teacher, prompt, out, final_norm, positions, template)
+
+
+@app.command()
 def ui(run_dir: RunDirOption = RUNS, port: Annotated[int, typer.Option(help="Loopback port.")] = 5000) -> None:
     """Open the MLflow UI on a run directory's store (loopback only)."""
     from pipeline.tracking import configure_mlflow

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from datetime import timedelta
 from typing import Any
 
+from pipeline.config.methods import Training
 from pipeline.plan import Plan
 from pipeline.stages import cache as cache_stage
 from pipeline.stages.place import Place
 from pipeline.stages.prepare import RowsPlan
+from pipeline.teacher.cache.estimate import estimate_seconds
+from pipeline.training.device import choose_device
 
 _CHARACTERS_PER_TOKEN = 4.2
 _TEMPLATE_TOKENS = 35
@@ -29,7 +34,7 @@ def plan_table(plan: Plan) -> Any:
 
 
 def cache_estimate(plan: Plan) -> str:
-    """Bytes and teacher tokens of the cache.
+    """Bytes of the cache, teacher tokens and time of its capture.
 
     Raises:
         DataError: the rows cannot be read.
@@ -39,9 +44,11 @@ def cache_estimate(plan: Plan) -> str:
     rows, tokens, response = _training_rows(plan)
     needed = cache_stage.planned_bytes(plan.cache, rows, response)
     exact = "" if plan.data.place.existing() else "about "
+    seconds = estimate_seconds(plan.cache.teacher.config(), tokens, rows, plan.cache.config.batch_size, choose_device())
     return (
         f"{plan.cache.place.label}: {exact}{needed / 2**20:.1f} MiB for {rows} rows, {response} response tokens, "
-        f"{len(plan.cache.key.layers)} layers in {plan.cache.dtype}; {tokens} tokens through the teacher"
+        f"{len(plan.cache.key.layers)} layers in {plan.cache.dtype}; {tokens} tokens through the teacher, "
+        f"about {timedelta(seconds=math.ceil(seconds))} on this machine"
     )
 
 
@@ -51,18 +58,24 @@ def _tokens(plan: Plan) -> dict[str, str]:
     found = {plan.data.place.fingerprint: f"{mark}{tokens}"}
     if plan.cache is not None:
         found[plan.cache.place.fingerprint] = f"{mark}{tokens}"
-    training = plan.experiment.train
-    steps_rows = training.max_steps * training.batch_size if training.max_steps else (training.epochs or 1) * rows
+    if plan.finetune is not None:
+        found[plan.finetune.place.fingerprint] = f"{mark}{round(tokens * _visits(plan.finetune.config.train, rows))}"
+    for generated in plan.generations:
+        found[generated.place.fingerprint] = f"≤ {rows * generated.generation.decoding.max_new_tokens}"
     for trial in plan.trials:
         if trial.train is not None:
-            found[trial.train.place.fingerprint] = f"{mark}{round(tokens * steps_rows / max(rows, 1))}"
+            found[trial.train.place.fingerprint] = f"{mark}{round(tokens * _visits(trial.train.training, rows))}"
         for evaluation in trial.evaluations:
             prompts = evaluation.benchmark.place.existing()
             count = prompts.manifest.counts["kept"] if prompts else len(evaluation.benchmark.rows.read())
-            found[evaluation.place.fingerprint] = (
-                f"≤ {count * len(evaluation.seeds) * evaluation.evaluation.decoding.max_new_tokens}"
-            )
+            found[evaluation.place.fingerprint] = f"≤ {count * len(evaluation.seeds) * evaluation.decoding.max_new_tokens}"
     return found
+
+
+def _visits(training: Training, rows: int) -> float:
+    """How often training sees each row, over all learning rates."""
+    once = training.epochs or (training.max_steps or 0) * training.batch_size / max(rows, 1)
+    return len(training.learning_rates) * once
 
 
 def _training_rows(plan: Plan) -> tuple[int, int, int]:

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from pipeline.artifacts import write_text_atomically
 from pipeline.config.experiment import Experiment
+from pipeline.config.methods import SeqKd
 from pipeline.errors import ArtifactError, DataError
 from pipeline.models.lens import check_vocabulary_sizes
 from pipeline.models.load import load_tokenizer
-from pipeline.stages import cache, compare, evaluate, import_model, prepare, student, train
+from pipeline.stages import (
+    cache,
+    compare,
+    evaluate,
+    finetune_teacher,
+    import_model,
+    lens_profile,
+    prepare,
+    seqkd,
+    student,
+    train,
+)
 from pipeline.stages.cache import CachePlan
 from pipeline.stages.compare import ComparePlan, Trial
+from pipeline.stages.finetune_teacher import FinetunePlan
 from pipeline.stages.import_model import ModelPlan
+from pipeline.stages.objectives import layers_to_cache, reads_all_positions
 from pipeline.stages.place import Place
 from pipeline.stages.prepare import BenchmarkPlan, TrainingDataPlan
+from pipeline.stages.seqkd import SeqKdPlan
 from pipeline.stages.student import StudentPlan
-from pipeline.stages.train import TrainPlan
+from pipeline.stages.train import Inputs, TrainPlan
 
 
 @dataclass(frozen=True)
@@ -32,8 +47,10 @@ class Plan:
         run_dir: where artifacts, the tracking store and the comparison go.
         models: the teacher, and the tokenizer's and the student's own model where they differ.
         data, benchmarks: tokenised rows.
+        finetune: the teacher's fine-tuning, None where it is used as it comes.
         student: the untrained student.
         cache: the teacher's states, None where no method reads a cache.
+        generations: the teacher's responses that methods train on.
         trials: rows of the comparison; the teacher and the untrained student come first.
         comparison: the end.
     """
@@ -43,8 +60,10 @@ class Plan:
     models: tuple[ModelPlan, ...]
     data: TrainingDataPlan
     benchmarks: tuple[BenchmarkPlan, ...]
+    finetune: FinetunePlan | None
     student: StudentPlan
     cache: CachePlan | None
+    generations: tuple[SeqKdPlan, ...]
     trials: tuple[Trial, ...]
     comparison: ComparePlan
 
@@ -53,13 +72,18 @@ class Plan:
         yield from (model.place for model in self.models if model.place is not None)
         yield self.data.place
         yield from (benchmark.place for benchmark in self.benchmarks)
+        if self.finetune is not None:
+            yield self.finetune.place
         yield self.student.place
         if self.cache is not None:
             yield self.cache.place
+        yield from (plan.place for plan in self.generations)
         for trial in self.trials:
             if trial.train is not None:
                 yield trial.train.place
             yield from (plan.place for plan in trial.evaluations)
+            if trial.profile is not None:
+                yield trial.profile.place
         yield self.comparison.place
 
     @property
@@ -87,32 +111,46 @@ def plan_experiment(experiment: Experiment, run_dir: Path) -> Plan:
         ConfigError, DataError, ModelError: a reference does not resolve, or settings do not fit together.
     """
     root = run_dir / "artifacts"
-    teacher = import_model.plan_model(experiment.teacher, root, "teacher")
-    tokenizer = import_model.plan_model(experiment.tokenizer, root, "tokenizer") if experiment.tokenizer else teacher
+    base = import_model.plan_model(experiment.teacher, root, "teacher")
+    tokenizer = import_model.plan_model(experiment.tokenizer, root, "tokenizer") if experiment.tokenizer else base
     data = prepare.plan_training_data(experiment.data, tokenizer, root)
+    tuning = experiment.teacher_finetune
+    finetune = finetune_teacher.plan_finetuning(tuning, base, data, root) if tuning else None
+    teacher = finetune.teacher if finetune else base
     benchmarks = tuple(
         prepare.plan_benchmark(name, benchmark, experiment.data, tokenizer, root)
         for name, benchmark in experiment.benchmarks.items()
     )
     initial = student.plan_student(experiment.student, teacher, data, root)
+    generations = {
+        name: seqkd.plan_generation(method.generation, teacher, data, root)
+        for name, method in experiment.methods.items()
+        if isinstance(method, SeqKd)
+    }
     runs = [(method, seed) for method in experiment.methods for seed in experiment.train.seeds]
-    online = [train.plan_training(experiment, method, seed, data, initial, teacher, None, root) for method, seed in runs]
+    inputs = Inputs(data, initial, teacher, None, generations)
+    online = [train.plan_training(experiment, method, seed, inputs, root) for method, seed in runs]
     states = _plan_cache(experiment, online, teacher, data, root)
-    trained = [train.plan_training(experiment, method, seed, data, initial, teacher, states, root) for method, seed in runs]
+    inputs = replace(inputs, cache=states)
+    trained = [train.plan_training(experiment, method, seed, inputs, root) for method, seed in runs]
 
     def trial(method: str, seed: int | None, subject: evaluate.Subject, training: TrainPlan | None) -> Trial:
         label = method if seed is None else f"{method} s{seed}"
         plans = (evaluate.plan_evaluation(subject, label, benchmark, experiment.evaluation, root) for benchmark in benchmarks)
-        return Trial(method, seed, training, tuple(plans))
+        profile = None
+        if not isinstance(subject, ModelPlan):
+            profile = lens_profile.plan_profile(experiment, label, subject, initial, teacher, data, root)
+        return Trial(method, seed, training, tuple(plans), profile)
 
     trials = (
         trial("teacher", None, teacher, None),
         trial("untrained", None, initial, None),
         *(trial(method, seed, plan, plan) for (method, seed), plan in zip(runs, trained, strict=True)),
     )
-    models = tuple({model.digest: model for model in (teacher, tokenizer, initial.own) if model is not None}.values())
+    models = tuple({model.digest: model for model in (base, tokenizer, initial.own) if model is not None}.values())
     comparison = compare.plan_comparison(experiment, trials, root, run_dir)
-    return Plan(experiment, run_dir, models, data, benchmarks, initial, states, trials, comparison)
+    written = tuple({plan.place.fingerprint: plan for plan in generations.values()}.values())
+    return Plan(experiment, run_dir, models, data, benchmarks, finetune, initial, states, written, trials, comparison)
 
 
 def _plan_cache(
@@ -121,11 +159,10 @@ def _plan_cache(
     """One cache with the layers of every method that can read one."""
     if not experiment.cache.enabled:
         return None
-    last = teacher.config().num_hidden_layers
     layers: set[int] = set()
     for run in runs:
-        if run.alpha > 0 and not train.reads_all_positions(run.config):
-            layers |= set(train.layers_to_cache(run, last))
+        if run.alpha > 0 and not reads_all_positions(run.config):
+            layers |= layers_to_cache(run.as_method())
     if not layers:
         return None
     return cache.plan_cache(experiment.cache, tuple(sorted(layers | set(experiment.cache.extra_layers))), teacher, data, root)
@@ -141,10 +178,9 @@ def check_inputs(plan: Plan) -> None:
     if plan.data.place.existing() is None:
         rows = len(plan.data.train.read())
         plan.data.dev.read()
-        if plan.experiment.train.batch_size > rows:
-            raise DataError(
-                f"train.batch_size: {plan.experiment.train.batch_size} rows, but data.train has only {rows}; lower it"
-            )
+        for where, size in _batch_sizes(plan.experiment).items():
+            if size > rows:
+                raise DataError(f"{where}: {size} rows, but data.train has only {rows}; lower it")
     for benchmark in plan.benchmarks:
         if benchmark.place.existing() is None:
             benchmark.rows.read()
@@ -152,3 +188,14 @@ def check_inputs(plan: Plan) -> None:
     if student is not None and tokenizer.place is None:
         size = len(load_tokenizer(tokenizer.folder()))
         check_vocabulary_sizes(plan.models[0].config().vocab_size, student.config().vocab_size, size)
+
+
+def _batch_sizes(experiment: Experiment) -> dict[str, int]:
+    """Dotted path → rows of a batch, for every training."""
+    sizes = {"train.batch_size": experiment.train.batch_size}
+    for name, method in experiment.methods.items():
+        if method.train is not None:
+            sizes[f"methods.{name}.train.batch_size"] = experiment.training_of(name).batch_size
+    if experiment.teacher_finetune is not None:
+        sizes["teacher_finetune.train.batch_size"] = experiment.teacher_finetune.train.batch_size
+    return sizes

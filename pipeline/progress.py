@@ -22,14 +22,15 @@ class Advance(Protocol):
 
 
 @contextlib.contextmanager
-def progress(description: str, total: float, unit: str) -> Iterator[Advance]:
-    """Show progress on a piece of work of `total` units."""
-    with _bar(description, total, unit) if sys.stderr.isatty() else _lines(description, total, unit) as advance:
+def progress(description: str, total: float, unit: str, done: float = 0.0) -> Iterator[Advance]:
+    """Show progress on a piece of work of `total` units, of which `done` were done before."""
+    show = _bar if sys.stderr.isatty() else _lines
+    with show(description, total, unit, done) as advance:
         yield advance
 
 
 @contextlib.contextmanager
-def _bar(description: str, total: float, unit: str) -> Iterator[Advance]:
+def _bar(description: str, total: float, unit: str, done: float) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -39,7 +40,7 @@ def _bar(description: str, total: float, unit: str) -> Iterator[Advance]:
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task(description, total=total, rate="", note="")
+        bar = bars.add_task(description, total=total, completed=int(done), rate="", note="")
 
         def advance(amount: float, note: str = "") -> None:
             bars.update(bar, advance=amount, note=note)
@@ -51,9 +52,9 @@ def _bar(description: str, total: float, unit: str) -> Iterator[Advance]:
 
 
 @contextlib.contextmanager
-def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
+def _lines(description: str, total: float, unit: str, done: float) -> Iterator[Advance]:
     started = told = time.monotonic()
-    done = 0.0
+    before = done
 
     def advance(amount: float, note: str = "") -> None:
         nonlocal done, told
@@ -61,7 +62,7 @@ def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
         now = time.monotonic()
         if now - told >= _LINE_SECONDS:
             told = now
-            rate = done / (now - started)
+            rate = (done - before) / (now - started)
             left = (total - done) / rate if rate else 0.0
             log.info(
                 "%s: %g of %g %s, %.3g/s, %.0f s left%s",

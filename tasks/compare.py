@@ -6,6 +6,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from pipeline.artifacts import MANIFEST
 from pipeline.stages import compare as stage
 from pipeline.stages.compare import ComparePlan
 from pipeline.tracking import Tracker
@@ -19,5 +20,6 @@ def compare(plan: ComparePlan, tracker: Tracker) -> str:
     table = (artifact.path / "table.md").read_text(encoding="utf-8")
     create_markdown_artifact(key=f"comparison-{plan.place.fingerprint}", description=plan.experiment.name, markdown=table)
     run_id = track_stage(tracker, plan.experiment.name, plan.place, artifact)
-    tracker.log_files(run_id, [artifact.path / name for name in ("results.csv", "table.md", "report.html")], "comparison")
+    files = [file for file in sorted(artifact.path.iterdir()) if file.name != MANIFEST]
+    tracker.log_files(run_id, files, "comparison")
     return str(artifact.path)

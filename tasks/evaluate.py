@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 
 from pipeline.stages import evaluate as stage
 from pipeline.stages.compare import Trial, trial_rows
+from pipeline.stages.evaluate import LoadedModel
 from pipeline.tracking import Tracker
 from tasks.record import show_artifact
 
@@ -17,10 +18,12 @@ _TABLE_ROWS = 200
 @task(task_run_name="evaluate {trial.name}", cache_policy=NO_CACHE)
 def evaluate(trial: Trial, run_id: str, tracker: Tracker) -> dict[str, float]:
     """Generate and score, loading the model once and only if something is missing; returns the final scores."""
-    missing = [plan for plan in trial.evaluations if plan.place.existing() is None]
-    loaded = stage.load_subject(missing[0].subject) if missing else None
+    loaded: LoadedModel | None = None
     for plan in trial.evaluations:
-        artifact = plan.place.existing() or stage.run(plan, loaded or stage.load_subject(plan.subject))
+        artifact = plan.place.existing()
+        if artifact is None:
+            loaded = loaded or stage.load_subject(plan.subject)
+            artifact = stage.run(plan, loaded)
         show_artifact(plan.place, artifact)
         rows = parquet.read_table(artifact.path / stage.GENERATIONS).slice(0, _TABLE_ROWS).to_pydict()
         rows["references"] = ["\n---\n".join(references) for references in rows["references"]]

@@ -6,7 +6,9 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from pipeline.stages import train as stage
-from pipeline.stages.train import METRICS, TrainPlan
+from pipeline.stages.fit import METRICS
+from pipeline.stages.place import MODEL
+from pipeline.stages.train import TrainPlan
 from pipeline.tracking import Tracker
 from tasks.record import show_artifact
 
@@ -26,6 +28,13 @@ def train(plan: TrainPlan, run_id: str, tracker: Tracker) -> str:
             "train/best_step": counts["best_step"],
         },
     )
-    tracker.set_tags(run_id, {"checkpoint": str(artifact.path / stage.MODEL), "fingerprint.train": plan.place.fingerprint})
+    tracker.set_tags(
+        run_id,
+        {
+            "checkpoint": str(artifact.path / MODEL),
+            "fingerprint.train": plan.place.fingerprint,
+            "learning_rate": f"{counts['learning_rate']:g}",
+        },
+    )
     show_artifact(plan.place, artifact)
     return str(artifact.path)

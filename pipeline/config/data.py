@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.base import Strict
+from pipeline.config.methods import Decoding
 
 
 class LocalData(Strict):
@@ -87,11 +88,50 @@ class DataConfig(Strict):
     """Rows over max_prompt_tokens: dropped (paper), or cut in the middle of their input. Counted either way."""
 
 
+class RowFilter(Strict):
+    """Which rows of a test set count, by the length of their first reference; one of the two is given."""
+
+    min_reference_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of the experiment's tokenizer, special ones not counted."""
+    min_reference_words: int | None = Field(default=None, ge=1)
+    """Words between spaces: the same rows for every tokenizer."""
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> RowFilter:
+        if (self.min_reference_tokens is None) == (self.min_reference_words is None):
+            raise ValueError("give exactly one of min_reference_tokens and min_reference_words")
+        return self
+
+
+class RowSample(Strict):
+    """A seeded sample by example id: adding rows or changing their order moves none of those that stay in it."""
+
+    rows: int = Field(ge=1)
+    """At most so many; a smaller set is taken whole."""
+    seed: int = 0
+
+
 class Benchmark(Strict):
-    """A test set."""
+    """A test set and the protocol under which it is scored."""
 
     source: DataSource
     version: int = 1
     """Raise it when the rows or the protocol of this benchmark change meaning."""
+    filter: RowFilter | None = None
+    """null keeps every row."""
+    sample: RowSample | None = None
+    """Drawn from what the filter leaves; null takes all."""
+    template: Literal["alpaca", "chat"] | None = None
+    """null takes data.template."""
     max_prompt_tokens: int | None = Field(default=None, ge=8)
     """null takes data.max_prompt_tokens."""
+    decoding: Decoding | None = None
+    """null takes evaluation.decoding."""
+    seeds: list[int] | None = Field(default=None, min_length=1)
+    """Decoding seeds; null takes evaluation.seeds."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Benchmark:
+        if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} repeats a seed")
+        return self

@@ -5,14 +5,41 @@ L = (1 − α)·CE + α·[ D_task + λ·mean_pairs D_lens + w·MSE_features ]
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 
 from pipeline.config.base import Strict
 
 TaskDivergence = Literal["forward_kl", "reverse_kl", "fkl_rkl", "jensen_shannon", "adaptive_kl", "jeffreys"]
+Schedule = Literal["cosine", "linear", "constant"]
 Alpha = Annotated[float, Field(ge=0, le=1)]
+_POSITIVE: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False)])
+
+
+def _learning_rates(value: Any) -> float | list[float]:
+    """One positive number or several; a list of one is that one, so that both have the same fingerprint."""
+    found = value if isinstance(value, list) else [value]
+    try:
+        rates = [_POSITIVE.validate_python(item) for item in found]
+    except ValidationError:
+        raise ValueError("must be a number above 0, or a list of them") from None
+    if not rates or len(set(rates)) != len(rates):
+        raise ValueError("give at least one learning rate, each once")
+    return rates if len(rates) > 1 else rates[0]
+
+
+LearningRate = Annotated[float | list[float], PlainValidator(_learning_rates)]
+
+
+class Decoding(Strict):
+    """A decoding protocol; stored with every score."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    do_sample: bool = True
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
 
 
 class UniformPairs(Strict):
@@ -36,7 +63,21 @@ class ProvenancePairs(Strict):
     count: int = Field(default=5, ge=1)
 
 
-Pairs = Annotated[UniformPairs | ExplicitPairs | ProvenancePairs, Field(discriminator="kind")]
+class FirstPairs(Strict):
+    """The student's first layers, 1 … count, teacher by l' = round(l·L_T/L_S)."""
+
+    kind: Literal["first"]
+    count: int = Field(default=5, ge=1)
+
+
+class LastPairs(Strict):
+    """The intermediate student layers next to the output, L_S − count … L_S − 1, teacher by l' = round(l·L_T/L_S)."""
+
+    kind: Literal["last"]
+    count: int = Field(default=5, ge=1)
+
+
+Pairs = Annotated[UniformPairs | ExplicitPairs | ProvenancePairs | FirstPairs | LastPairs, Field(discriminator="kind")]
 
 
 class Lens(Strict):
@@ -53,6 +94,8 @@ class Lens(Strict):
     token_fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of the response positions that each pair compares, drawn anew every step; below 1 the lens term and its gradient
     are unbiased estimates at a fraction of the cost, with a variance that the README's table shows."""
+    layer_weights: list[Annotated[float, Field(ge=0)]] | None = None
+    """Relative weight of each pair, in the pairs' order; scaled to mean 1, so that λ keeps its meaning. null: all alike."""
 
     @model_validator(mode="after")
     def _official_compares_all(self) -> Lens:
@@ -61,6 +104,17 @@ class Lens(Strict):
                 f"token_fraction {self.token_fraction} goes with mask_layout aligned only: the published code compares every "
                 "position; remove one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_weight_per_pair(self) -> Lens:
+        if self.layer_weights is None:
+            return self
+        count = len(self.pairs.pairs) if isinstance(self.pairs, ExplicitPairs) else self.pairs.count
+        if len(self.layer_weights) != count:
+            raise ValueError(f"layer_weights has {len(self.layer_weights)} values for {count} pairs; give one for each")
+        if not any(self.layer_weights):
+            raise ValueError("layer_weights are all 0, so nothing would be compared; give at least one a positive weight")
         return self
 
 
@@ -75,10 +129,34 @@ class Features(Strict):
     """`all` reproduces the published code: prompt and padding count too (hazard 3)."""
 
 
+class TrainOverride(Strict):
+    """A method's own budget, with `fair: false` only; what is null is that of `train`."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    learning_rate: LearningRate | None = None
+    min_learning_rate: float | None = Field(default=None, ge=0)
+    schedule: Schedule | None = None
+    warmup_steps: int | None = Field(default=None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
+
+
+class OnPolicy(Strict):
+    """Steps on the student's own samples instead of the references (GKD, Agarwal et al. 2024); needs the teacher online."""
+
+    fraction: float = Field(gt=0, le=1)
+    """Probability of a step to be one of them."""
+    decoding: Decoding = Decoding()
+    """How the student is sampled; prompt and response together have at most data.max_tokens."""
+
+
 class Sft(Strict):
     """Supervised fine-tuning on the reference responses: cross-entropy, no teacher."""
 
     kind: Literal["sft"]
+    train: TrainOverride | None = None
 
 
 class Kd(Strict):
@@ -86,6 +164,8 @@ class Kd(Strict):
 
     kind: Literal["kd"]
     alpha: Alpha | None = None
+    train: TrainOverride | None = None
+    on_policy: OnPolicy | None = None
 
 
 class Rkl(Strict):
@@ -93,6 +173,8 @@ class Rkl(Strict):
 
     kind: Literal["rkl"]
     alpha: Alpha | None = None
+    train: TrainOverride | None = None
+    on_policy: OnPolicy | None = None
 
 
 class FklRkl(Strict):
@@ -100,6 +182,8 @@ class FklRkl(Strict):
 
     kind: Literal["fkl_rkl"]
     alpha: Alpha | None = None
+    train: TrainOverride | None = None
+    on_policy: OnPolicy | None = None
 
 
 class Jsd(Strict):
@@ -107,6 +191,8 @@ class Jsd(Strict):
 
     kind: Literal["jsd"]
     alpha: Alpha | None = None
+    train: TrainOverride | None = None
+    on_policy: OnPolicy | None = None
 
 
 class Akl(Strict):
@@ -114,6 +200,25 @@ class Akl(Strict):
 
     kind: Literal["akl"]
     alpha: Alpha | None = None
+    train: TrainOverride | None = None
+    on_policy: OnPolicy | None = None
+
+
+class SeqGeneration(Strict):
+    """How the teacher writes the responses of sequence-level KD."""
+
+    decoding: Decoding = Decoding()
+    seed: int = 10
+    batch_size: int = Field(default=32, ge=1)
+    """Prompts decoded together. Changes memory and speed, not the responses."""
+
+
+class SeqKd(Strict):
+    """Sequence-level KD: cross-entropy on responses that the teacher wrote to the training prompts (Kim & Rush 2016, §3.2)."""
+
+    kind: Literal["seqkd"]
+    train: TrainOverride | None = None
+    generation: SeqGeneration = SeqGeneration()
 
 
 class Mse(Strict):
@@ -121,6 +226,8 @@ class Mse(Strict):
 
     kind: Literal["mse"]
     alpha: Alpha | None = None
+    train: TrainOverride | None = None
+    on_policy: OnPolicy | None = None
     task: TaskDivergence = "forward_kl"
     features: Features = Features()
 
@@ -130,12 +237,14 @@ class DistillLens(Strict):
 
     kind: Literal["distilllens"]
     alpha: Alpha | None = None
+    train: TrainOverride | None = None
+    on_policy: OnPolicy | None = None
     task: TaskDivergence = "reverse_kl"
     lens: Lens = Lens()
 
 
-MethodConfig = Annotated[Sft | Kd | Rkl | FklRkl | Jsd | Akl | Mse | DistillLens, Field(discriminator="kind")]
-METHOD_KINDS = ("sft", "kd", "rkl", "fkl_rkl", "jsd", "akl", "mse", "distilllens")
+MethodConfig = Annotated[Sft | Kd | Rkl | FklRkl | Jsd | Akl | SeqKd | Mse | DistillLens, Field(discriminator="kind")]
+METHOD_KINDS = ("sft", "kd", "rkl", "fkl_rkl", "jsd", "akl", "seqkd", "mse", "distilllens")
 TASK_OF_KIND: dict[str, str] = {
     "kd": "forward_kl",
     "rkl": "reverse_kl",
@@ -143,6 +252,19 @@ TASK_OF_KIND: dict[str, str] = {
     "jsd": "jensen_shannon",
     "akl": "adaptive_kl",
 }
+
+
+class Lora(Strict):
+    """Train low-rank adapters of the blocks' linear layers, everything else frozen (Hu et al. 2022)."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    """Numerator of the adapter's scale alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of linear layers in the blocks, or all of them; never embeddings, final norm or head."""
+    save_merged: bool = False
+    """Save a whole checkpoint beside the adapter, with the adapter added to its weights."""
 
 
 class Training(Strict):
@@ -157,13 +279,16 @@ class Training(Strict):
     """Rows of one optimiser step."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Rows of one forward pass; null takes the whole batch. Changes memory, not mathematics."""
-    learning_rate: float = Field(default=5e-5, gt=0)
+    learning_rate: LearningRate = 5e-5
+    """The peak. A list is a search: every method is trained with each, and validation keeps its best."""
     min_learning_rate: float = Field(default=0.0, ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float | None = Field(default=1.0, gt=0)
+    lora: Lora | None = None
+    """null trains every parameter."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU."""
     checkpoint_every: int = Field(default=50, ge=1)
@@ -178,21 +303,30 @@ class Training(Strict):
             raise ValueError("give exactly one of epochs and max_steps")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        if self.min_learning_rate > min(self.learning_rates):
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {min(self.learning_rates)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeats a seed")
         return self
 
+    @property
+    def learning_rates(self) -> list[float]:
+        """Every learning rate that is tried."""
+        return self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]
 
-class Decoding(Strict):
-    """A decoding protocol; stored with every score."""
+    def overridden(self, own: TrainOverride | None) -> Training:
+        """This budget with a method's own settings; epochs and max_steps replace each other.
 
-    max_new_tokens: int = Field(default=256, ge=1)
-    do_sample: bool = True
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    no_repeat_ngram_size: int = Field(default=0, ge=0)
+        Raises:
+            ValidationError: the settings do not fit together.
+        """
+        if own is None:
+            return self
+        changes = own.model_dump(exclude_none=True)
+        budget = {"epochs", "max_steps"} if {"epochs", "max_steps"} & changes.keys() else set()
+        if self.micro_batch_size is not None and own.batch_size is not None:
+            changes["micro_batch_size"] = min(self.micro_batch_size, own.batch_size)
+        return Training.model_validate({**self.model_dump(exclude=budget), **changes})
 
 
 class Validation(Strict):
@@ -209,6 +343,18 @@ class Validation(Strict):
     batch_size: int = Field(default=32, ge=1)
 
 
+class LensProfile(Strict):
+    """Every student against the teacher at the mapped layers of the first method with a lens (else five evenly spaced)."""
+
+    rows: int | None = Field(default=64, ge=1)
+    """Dev rows; null takes all."""
+    batch_size: int = Field(default=8, ge=1)
+
+
+def _switch(value: Any) -> Any:
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
 class Evaluation(Strict):
     """Test-set decoding (the paper: temperature 1, top-p 1, no_repeat_ngram_size 6, seeds 10–50)."""
 
@@ -216,6 +362,8 @@ class Evaluation(Strict):
     seeds: list[int] = Field(default=[10, 20, 30, 40, 50], min_length=1)
     """Decoding seeds; a greedy protocol uses the first alone."""
     batch_size: int = Field(default=32, ge=1)
+    lens_profile: Annotated[LensProfile | None, BeforeValidator(_switch)] = None
+    """true, or its settings: profile every student through the logit lens, before and after training."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Evaluation:

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from pipeline.losses.divergences import Divergence, at_least_float32, log_probs, probs
+from pipeline.losses.divergences import LOG_ZERO, Divergence, at_least_float32, log_probs, probs
 from pipeline.losses.head import Head
 
 log = logging.getLogger(__name__)
@@ -112,12 +112,16 @@ class CrossEntropyKernel:
     def __call__(self, student_raw: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         """Nats [n] of raw logits [n, V] and labels [n]; with `with_grad`, `student_raw` becomes the weighted gradient."""
         logits = self.student.apply(student_raw)
-        log_q = log_probs(logits)
+        shifted = logits - logits.amax(-1, keepdim=True)
         at_label = labels.unsqueeze(-1)
-        nats = -log_q.gather(-1, at_label).squeeze(-1)
+        shifted_label = shifted.gather(-1, at_label).clamp_(min=LOG_ZERO)
+        label, others = probs(shifted_label), probs(shifted).scatter_(-1, at_label, 0.0)
+        # The label's own term stays apart: for a near-certain label q - 1 and log q would lose all digits but those of 1.
+        rest = others.sum(-1, keepdim=True)
+        total = rest + label
+        nats = torch.where(shifted_label > -20.0, torch.log1p(rest / label), total.log() - shifted_label).squeeze(-1)
         if self.with_grad:
-            grad = probs(log_q)
-            grad.scatter_add_(-1, at_label, grad.new_full(at_label.shape, -1.0))
+            grad = others.div_(total).scatter_(-1, at_label, -rest / total)
             if weights is not None:
                 grad *= weights.unsqueeze(-1)
             student_raw.copy_(self.student.pull_back(grad, logits))

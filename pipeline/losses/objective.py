@@ -34,6 +34,7 @@ class LensTerm:
         mask_layout: "aligned", or "official" (hazard 1).
         token_fraction: share of the response positions that each pair compares, drawn anew for every pair, row and step; the
             estimate is unbiased, see `sampled_positions`.
+        layer_weights: relative weight of each pair, at least one positive; they are scaled to mean 1. None weighs all alike.
     """
 
     weight: float
@@ -42,6 +43,7 @@ class LensTerm:
     final_norm: bool
     mask_layout: str
     token_fraction: float = 1.0
+    layer_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def lens_divergence(
 ) -> Tensor:
     """Mean over pairs and response tokens of the divergence between lens distributions, nats (eq. 7 of the paper).
 
-    All pairs go through one pass: their rows are concatenated.
+    All pairs go through one pass: their rows are concatenated. With `layer_weights` the mean over pairs is a weighted one.
     """
     where, scale = _compared_positions(term, labels, positions, row_seeds)
     student_rows = [student.lens_states(layer, at, term.final_norm) for (layer, _), at in zip(term.pairs, where, strict=True)]
@@ -223,9 +225,17 @@ def lens_divergence(
         torch.cat(teacher_rows),
         teacher.head,
         divergence=term.divergence,
+        weights=None if term.layer_weights is None else _row_weights(term.layer_weights, where),
         backend=backend,
     )
     return mean if scale == 1.0 else scale * mean
+
+
+def _row_weights(layer_weights: Sequence[float], where: Sequence[Tensor]) -> Tensor:
+    """[N] weight of every compared row: its pair's, with mean 1 over the pairs."""
+    mean = sum(layer_weights) / len(layer_weights)
+    rows = [torch.full((len(at),), weight / mean, device=at.device) for weight, at in zip(layer_weights, where, strict=True)]
+    return torch.cat(rows)
 
 
 def _compared_positions(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pipeline.errors import ConfigError
 
@@ -15,8 +15,29 @@ def uniform_pairs(count: int, student_layers: int, teacher_layers: int, what: st
     Raises:
         ConfigError: there are not that many intermediate layers.
     """
-    chosen = _evenly_spaced(count, student_layers, what)
-    return tuple((layer, _round(layer * teacher_layers / student_layers)) for layer in chosen)
+    return _proportional(_evenly_spaced(count, student_layers, what), student_layers, teacher_layers)
+
+
+def first_pairs(count: int, student_layers: int, teacher_layers: int, what: str) -> tuple[LayerPair, ...]:
+    """The student's first `count` layers, 1 … count, each with l' = round(l·L_T/L_S).
+
+    Raises:
+        ConfigError: there are not that many intermediate layers.
+    """
+    _check_count(count, student_layers, what)
+    return _proportional(range(1, count + 1), student_layers, teacher_layers)
+
+
+def last_pairs(count: int, student_layers: int, teacher_layers: int, what: str) -> tuple[LayerPair, ...]:
+    """The `count` intermediate layers next to the output, L_S − count … L_S − 1, each with l' = round(l·L_T/L_S).
+
+    The final layer is not among them: the task divergence compares it already.
+
+    Raises:
+        ConfigError: there are not that many intermediate layers.
+    """
+    _check_count(count, student_layers, what)
+    return _proportional(range(student_layers - count, student_layers), student_layers, teacher_layers)
 
 
 def provenance_pairs(count: int, origin: Sequence[int], what: str) -> tuple[LayerPair, ...]:
@@ -50,9 +71,17 @@ def check_pairs(pairs: Sequence[LayerPair], student_layers: int, teacher_layers:
     return tuple((student, teacher) for student, teacher in pairs)
 
 
-def _evenly_spaced(count: int, layers: int, what: str) -> list[int]:
+def _proportional(chosen: Iterable[int], student_layers: int, teacher_layers: int) -> tuple[LayerPair, ...]:
+    return tuple((layer, _round(layer * teacher_layers / student_layers)) for layer in chosen)
+
+
+def _check_count(count: int, layers: int, what: str) -> None:
     if count > layers - 1:
         raise ConfigError(f"{what}: {count} pairs, but a student of {layers} layers has {layers - 1} intermediate ones")
+
+
+def _evenly_spaced(count: int, layers: int, what: str) -> list[int]:
+    _check_count(count, layers, what)
     return [_round(k * layers / (count + 1)) for k in range(1, count + 1)]
 
 

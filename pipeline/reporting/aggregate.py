@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 AVERAGE = "avg"
 METRICS = ("rouge_l", "exact_match")
@@ -18,7 +18,7 @@ class RunScores:
         method: name of the method, "teacher" or "untrained".
         train_seed: training seed, None for models that were not trained here.
         benchmark: name of the benchmark.
-        per_seed: metric → one score (0–100) per decoding seed, in the seeds' order.
+        per_seed: metric → one score per decoding seed, in the seeds' order; one alone where seeds play no role.
     """
 
     method: str
@@ -60,19 +60,26 @@ class Cell:
 def result_rows(scores: Iterable[RunScores]) -> list[ResultRow]:
     """One row per run, benchmark and metric, and one per run and metric for the average over benchmarks.
 
-    The average is taken per decoding seed over benchmarks first, so that its deviation is that of the average.
+    The average is taken per decoding seed over benchmarks first, so that its deviation is that of the average. Where
+    benchmarks have different numbers of decoding seeds it is that of their means, without a deviation.
     """
     scores = list(scores)
-    rows = [_row(run, metric, run.per_seed[metric]) for run in scores for metric in METRICS]
+    rows = [_row(run, metric, values) for run in scores for metric, values in run.per_seed.items()]
     runs: dict[tuple[str, int | None], list[RunScores]] = {}
     for run in scores:
         runs.setdefault((run.method, run.train_seed), []).append(run)
     for group in runs.values():
-        for metric in METRICS:
-            averages = [statistics.fmean(values) for values in zip(*(run.per_seed[metric] for run in group), strict=True)]
-            first = group[0]
-            rows.append(_row(RunScores(first.method, first.train_seed, AVERAGE, {metric: averages}), metric, averages))
+        for metric in group[0].per_seed:
+            found = [run.per_seed[metric] for run in group if metric in run.per_seed]
+            if len(found) == len(group):
+                rows.append(_row(replace(group[0], benchmark=AVERAGE), metric, _averages(found)))
     return rows
+
+
+def _averages(found: Sequence[Sequence[float]]) -> list[float]:
+    if len({len(values) for values in found}) > 1:
+        return [statistics.fmean(statistics.fmean(values) for values in found)]
+    return [statistics.fmean(values) for values in zip(*found, strict=True)]
 
 
 def table(rows: Iterable[ResultRow], metric: str = "rouge_l") -> dict[str, dict[str, Cell]]:

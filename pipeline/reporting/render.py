@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.reporting.aggregate import AVERAGE, Cell, ResultRow
+from pipeline.reporting.differences import Difference
 
 CSV_COLUMNS = ("method", "train_seed", "benchmark", "metric", "mean", "std", "n_decoding_seeds")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure: what it shows, and its SVG file."""
+
+    title: str
+    path: Path
+
+    def uri(self) -> str:
+        """The file as a data URI, so that the page needs no other file."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.path.read_bytes()).decode()}"
 
 
 @dataclass(frozen=True)
@@ -21,6 +35,8 @@ class Page:
         name, description: of the experiment.
         notes: sentences on how to read the table.
         costs: method → column → value.
+        differences: every setting in which two methods differ.
+        figures: drawn into the page.
         examples: prompt, references and one generation per method.
         provenance: name → value.
     """
@@ -29,6 +45,8 @@ class Page:
     description: str
     notes: Sequence[str]
     costs: Mapping[str, Mapping[str, str]]
+    differences: Sequence[Difference]
+    figures: Sequence[Picture]
     examples: Sequence[Mapping[str, Any]]
     provenance: Mapping[str, str]
 

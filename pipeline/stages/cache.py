@@ -15,7 +15,7 @@ from pipeline.config.methods import CacheConfig
 from pipeline.data.prompts import template_id
 from pipeline.data.tokenize import read_encoded
 from pipeline.models import load
-from pipeline.models.lens import LogitLens, load_lens, logit_lens
+from pipeline.models.lens import load_lens, logit_lens
 from pipeline.progress import progress
 from pipeline.stages.import_model import ModelPlan
 from pipeline.stages.place import Place, build, place
@@ -25,8 +25,8 @@ from pipeline.teacher.cache.reader import CachedTeacher
 from pipeline.teacher.cache.schema import CacheKey
 from pipeline.teacher.cache.writer import capture
 from pipeline.teacher.online import OnlineTeacher
-from pipeline.teacher.signal import TeacherSource
 from pipeline.training.device import choose_device
+from pipeline.training.step import Teacher
 
 log = logging.getLogger(__name__)
 VERSION = 1
@@ -81,7 +81,8 @@ def run(plan: CachePlan) -> Artifact:
     def work(folder: Path) -> Mapping[str, Any]:
         rows = read_encoded(plan.data.place.open().path / TRAIN)
         needed = planned_bytes(plan, len(rows), sum(rows.response_counts))
-        check_disk(folder, needed)
+        # What an interrupted capture left is part of what is needed.
+        check_disk(folder, needed - sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
         device = choose_device()
         model = load.load_model(plan.teacher.folder(), device=device)
         examples = [rows[i] for i in range(len(rows))]
@@ -101,15 +102,15 @@ def planned_bytes(plan: CachePlan, rows: int, response_tokens: int) -> int:
     return estimate_bytes(response_tokens, rows, plan.key.layers, width, plan.key.dtype, batch_size=plan.config.batch_size)
 
 
-def open_teacher(plan: CachePlan | None, teacher: ModelPlan, device: torch.device) -> tuple[TeacherSource, LogitLens]:
+def open_teacher(plan: CachePlan | None, teacher: ModelPlan, device: torch.device) -> Teacher:
     """The teacher as training sees it: from the cache, with only its head and norm in memory, or online."""
     if plan is None:
         model = load.load_model(teacher.folder(), device=device)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        return OnlineTeacher(model), logit_lens(model)
+        return Teacher(OnlineTeacher(model), logit_lens(model))
     lens = load_lens(teacher.folder(), device)
-    return CachedTeacher(plan.place.path, plan.key, num_layers=lens.num_layers, device=device), lens
+    return Teacher(CachedTeacher(plan.place.path, plan.key, num_layers=lens.num_layers, device=device), lens)
 
 
 def _covering(

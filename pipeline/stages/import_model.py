@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from pipeline.config.models import HubModel, LocalModel, ModelRef
 from pipeline.hub import resolve_revision
 from pipeline.models import load
-from pipeline.stages.place import Place, build, place
+from pipeline.stages.place import MODEL, Place, build, place
 
 VERSION = 1
 
@@ -25,27 +25,34 @@ class ModelPlan:
         what: dotted path of the setting, for messages.
         location: where its files are and their digest.
         place: the artifact of its conversion, None where none is needed.
+        tuned: the artifact of its fine-tuning, whose weights then stand for the model; None takes it as it is.
     """
 
     what: str
     location: load.ModelLocation
     place: Place | None
+    tuned: Place | None = None
 
     @property
     def digest(self) -> str:
         """What identifies the model in fingerprints."""
-        return self.place.fingerprint if self.place else self.location.digest
+        made = self.tuned or self.place
+        return made.fingerprint if made else self.location.digest
 
     def folder(self) -> Path:
-        """The transformers folder; the stage must have run.
+        """The transformers folder; the stages that make it must have run.
 
         Raises:
             ModelError: the hub cannot be reached.
         """
+        if self.tuned is not None:
+            return self.tuned.path / MODEL
         return self.place.path if self.place else load.fetch(self.location, self.what)
 
     def config(self) -> PretrainedConfig:
         """The model's configuration, read from wherever it is cheapest, before or after the stage has run."""
+        if self.tuned is not None:
+            return replace(self, tuned=None).config()  # fine-tuning changes no size
         if self.place is not None and self.place.existing() is None:
             assert self.location.folder is not None  # a GGUF file is always on disk
             return load.load_config(self.location.folder, self.location.gguf_file)

@@ -12,6 +12,8 @@ from typing import Any
 from pipeline.artifacts import Artifact, artifact_path, commit, find, fingerprint, open_or_fail, partial_folder, peek
 
 log = logging.getLogger(__name__)
+MODEL = "model"
+"""The folder of a trained model inside its artifact."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.artifacts import Artifact
-from pipeline.config.data import BundledData, DataConfig, HeldOut, HeldOutData, HubData, LocalData
+from pipeline.artifacts import Artifact, text_digest
+from pipeline.config.data import (
+    Benchmark,
+    BundledData,
+    DataConfig,
+    HeldOut,
+    HeldOutData,
+    HubData,
+    LocalData,
+    RowFilter,
+    RowSample,
+)
 from pipeline.data import prompts, sources, tokenize
 from pipeline.data.examples import Example
 from pipeline.errors import DataError
@@ -85,15 +95,37 @@ class TrainingDataPlan:
 
 @dataclass(frozen=True)
 class BenchmarkPlan:
-    """The prompts of one benchmark."""
+    """The prompts of one benchmark.
+
+    Attributes:
+        place: the artifact.
+        name: in the experiment.
+        spec: its settings.
+        tokenizer, rows: the inputs.
+        template, max_prompt_tokens, overlong: how rows become prompts, resolved.
+    """
 
     place: Place
     name: str
-    version: int
+    spec: Benchmark
     tokenizer: ModelPlan
     rows: RowsPlan
-    config: DataConfig
+    template: str
     max_prompt_tokens: int
+    overlong: tokenize.Overlong
+
+    def protocol(self) -> dict[str, Any]:
+        """Which rows are asked and how, wherever they lie and whatever model answers."""
+        return {
+            "benchmark": self.name,
+            "version": self.spec.version,
+            "source": self.rows.identity(),
+            "filter": None if self.spec.filter is None else self.spec.filter.model_dump(),
+            "sample": None if self.spec.sample is None else self.spec.sample.model_dump(),
+            "template": prompts.template_id(self.template),
+            "max_prompt_tokens": self.max_prompt_tokens,
+            "overlong": self.overlong,
+        }
 
 
 def plan_rows(source: LocalData | HubData | BundledData | HeldOutData, data: DataConfig, what: str) -> RowsPlan:
@@ -117,20 +149,22 @@ def plan_training_data(data: DataConfig, tokenizer: ModelPlan, root: Path) -> Tr
     recipe = {
         "train": train.identity(),
         "dev": dev.identity(),
-        **_encoding(data, data.max_prompt_tokens),
+        **_encoding(data.template, data.max_prompt_tokens, data.overlong),
         "max_tokens": data.max_tokens,
     }
     where = place(root, "prepare", VERSION, "prepare training rows", recipe, {"tokenizer": tokenizer.digest})
     return TrainingDataPlan(where, tokenizer, train, dev, data)
 
 
-def plan_benchmark(name: str, benchmark: Any, data: DataConfig, tokenizer: ModelPlan, root: Path) -> BenchmarkPlan:
+def plan_benchmark(name: str, benchmark: Benchmark, data: DataConfig, tokenizer: ModelPlan, root: Path) -> BenchmarkPlan:
     """Plan one benchmark's artifact."""
     rows = plan_rows(benchmark.source, data, f"benchmarks.{name}.source")
-    limit = benchmark.max_prompt_tokens or data.max_prompt_tokens
-    recipe = {"test": rows.identity(), **_encoding(data, limit), "version": benchmark.version}
+    limit, template = benchmark.max_prompt_tokens or data.max_prompt_tokens, benchmark.template or data.template
+    recipe = {"test": rows.identity(), **_encoding(template, limit, data.overlong), "version": benchmark.version}
+    chosen = {"filter": benchmark.filter, "sample": benchmark.sample}
+    recipe |= {key: value.model_dump() for key, value in chosen.items() if value is not None}
     where = place(root, "prepare", VERSION, f"prepare {name}", recipe, {"tokenizer": tokenizer.digest})
-    return BenchmarkPlan(where, name, benchmark.version, tokenizer, rows, data, limit)
+    return BenchmarkPlan(where, name, benchmark, tokenizer, rows, template, limit, data.overlong)
 
 
 def run(plan: TrainingDataPlan) -> Artifact:
@@ -181,22 +215,43 @@ def run_benchmark(plan: BenchmarkPlan) -> Artifact:
 
     def work(folder: Path) -> Mapping[str, Any]:
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(plan.tokenizer.folder())
+        rows = plan.rows.read()
+        long_enough = rows if plan.spec.filter is None else filter_rows(rows, plan.spec.filter, tokenizer)
+        if not long_enough:
+            raise DataError(f"benchmarks.{plan.name}.filter: no row of {len(rows)} is left; lower it")
+        chosen = long_enough if plan.spec.sample is None else sample_rows(long_enough, plan.spec.sample)
         encoded, counts = tokenize.encode_prompts(
-            plan.rows.read(),
-            tokenizer,
-            plan.config.template,
-            max_prompt_tokens=plan.max_prompt_tokens,
-            overlong=plan.config.overlong,
+            chosen, tokenizer, plan.template, max_prompt_tokens=plan.max_prompt_tokens, overlong=plan.overlong
         )
         _require_rows(encoded, plan.rows.what, counts)
         tokenize.write_prompts(folder / PROMPTS, encoded)
-        return asdict(counts)
+        left_out = {"filtered_out": len(rows) - len(long_enough), "not_sampled": len(long_enough) - len(chosen)}
+        return {**asdict(counts), "rows": len(rows), **left_out}
 
     return build(plan.place, work)
 
 
-def _encoding(data: DataConfig, max_prompt_tokens: int) -> dict[str, Any]:
-    return {"template": prompts.template_id(data.template), "max_prompt_tokens": max_prompt_tokens, "overlong": data.overlong}
+def filter_rows(rows: Sequence[Example], wanted: RowFilter, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The rows whose first reference is long enough, in order."""
+    references = [row.references[0] for row in rows]
+    if wanted.min_reference_words is not None:
+        lengths, least = [len(text.split()) for text in references], wanted.min_reference_words
+    else:
+        assert wanted.min_reference_tokens is not None  # the configuration has one of the two
+        ids = tokenizer(references, add_special_tokens=False, verbose=False)["input_ids"]
+        lengths, least = [len(tokens) for tokens in ids], wanted.min_reference_tokens
+    return [row for row, length in zip(rows, lengths, strict=True) if length >= least]
+
+
+def sample_rows(rows: Sequence[Example], sample: RowSample) -> list[Example]:
+    """The rows whose hash of seed and id is lowest, in the order of `rows`; all where there are no more than asked for."""
+    drawn = sorted((row.id for row in rows), key=lambda name: text_digest(f"{sample.seed}:{name}"))[: sample.rows]
+    chosen = set(drawn)
+    return [row for row in rows if row.id in chosen]
+
+
+def _encoding(template: str, max_prompt_tokens: int, overlong: str) -> dict[str, Any]:
+    return {"template": prompts.template_id(template), "max_prompt_tokens": max_prompt_tokens, "overlong": overlong}
 
 
 def _source(source: LocalData | HubData | BundledData, what: str) -> sources.Source:

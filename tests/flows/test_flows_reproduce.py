@@ -209,3 +209,38 @@ def test_nothing_is_told_to_anyone_when_the_store_is_unreachable(
     run(config, run_dir)
     assert (run_dir / "tiny" / "comparison" / "results.csv").is_file()
     assert not (run_dir / "tiny" / "tracked.json").exists()
+
+
+def test_a_tuned_teacher_and_its_generations_are_stages_of_their_own(
+    prefect_server: None, tmp_path: Path, run_dir: Path
+) -> None:
+    config = experiment.write(
+        tmp_path / "e",
+        teacher_finetune={"train": {"max_steps": 2, "batch_size": 6}, "validation": {"select": "loss"}},
+        methods={"kd": None, "seqkd": {"generation": {"decoding": {"max_new_tokens": 6}}}},
+        train={"max_steps": 2, "batch_size": 6, "learning_rate": [1e-4, 1e-3]},
+        evaluation={"decoding": {"max_new_tokens": 4}, "seeds": [1], "lens_profile": True},
+    )
+    run(config, run_dir)
+    stages = {run.info.run_id: run for run in mlflow_runs(run_dir, "tiny · stages")}
+    assert {run.data.tags["stage"] for run in stages.values()} == {
+        "prepare", "teacher", "student", "cache", "seqkd", "compare",
+    }  # fmt: skip
+    trial = next(run for run in mlflow_runs(run_dir, "tiny") if run.info.run_name == "seqkd s10")
+    linked = {stages[value].data.tags["stage"] for key, value in trial.data.tags.items() if key.startswith("stage_run.")}
+    assert linked == {"prepare", "teacher", "student", "cache", "seqkd"}
+    assert trial.data.tags["learning_rate"] in ("0.0001", "0.001")
+    assert {"search/0.0001", "search/0.001"} <= trial.data.metrics.keys()
+    tuning = next(run for run in stages.values() if run.data.tags["stage"] == "teacher")
+    assert {"train/loss", "dev/loss"} <= tuning.data.metrics.keys()
+    plan = plan_experiment(load_experiment(config), run_dir)
+    assert plan.finished() and all(place.existing() is not None for place in plan.places())
+    rows = {row["setting"]: row for row in csv.DictReader((run_dir / "tiny" / "comparison" / "differences.csv").open())}
+    profile = json.loads((run_dir / "tiny" / "comparison" / "lens_profile.json").read_text())
+    assert profile.keys() == {"untrained", "kd s10", "seqkd s10"}
+    last = next(layer for layer in profile["kd s10"] if layer["final"])
+    assert trial.data.metrics.keys() >= {f"lens/layer_{layer['student_layer']:02d}/jsd" for layer in profile["kd s10"]}
+    assert (last["student_layer"], last["teacher_layer"]) == (3, 6)
+    report = (run_dir / "tiny" / "comparison" / "report.html").read_text()
+    assert report.count("data:image/svg+xml;base64,") == 2
+    assert rows["training responses"] == {"setting": "training responses", "kd": "references", "seqkd": "teacher's"}

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
+import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from pipeline.errors import ArtifactError
 from pipeline.teacher.cache.schema import STORAGE
@@ -18,6 +24,7 @@ _LIST = 8
 _RECORD_BATCH = 300
 _VECTOR_COLUMN = (3 + 5) * 16 + 16
 _SCALE_COLUMN = (2 + 4) * 16 + 16
+_TIMED_PASSES = 5
 
 
 def estimate_bytes(
@@ -38,6 +45,37 @@ def estimate_bytes(
     per_row = _ROW + len(layers) * (2 if storage.scaled else 1) * _LIST
     per_batch = _RECORD_BATCH + len(layers) * (_VECTOR_COLUMN + (_SCALE_COLUMN if storage.scaled else 0))
     return response_tokens * len(layers) * per_token + rows * per_row + math.ceil(rows / batch_size) * per_batch
+
+
+def estimate_seconds(teacher: PretrainedConfig, tokens: int, rows: int, batch_size: int, device: torch.device) -> float:
+    """Seconds that a capture takes: one block of the teacher's shape with random weights is timed on a batch of mean length.
+
+    Args:
+        teacher: the teacher's configuration.
+        tokens: input tokens of all rows.
+        rows: examples.
+        batch_size: rows of a teacher forward pass.
+        device: where the capture will run.
+    """
+    config = copy.deepcopy(teacher)
+    layers = int(config.num_hidden_layers)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    with torch.device(device):
+        block = AutoModel.from_config(config, dtype=torch.float32).eval()
+    ids = torch.zeros(min(batch_size, rows), max(1, round(tokens / rows)), dtype=torch.long, device=device)
+    passes = tokens / ids.numel()
+    return layers * passes * statistics.median(_forward_seconds(block, ids) for _ in range(_TIMED_PASSES))
+
+
+def _forward_seconds(model: PreTrainedModel, ids: torch.Tensor) -> float:
+    started = time.perf_counter()
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
+    return time.perf_counter() - started
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:

@@ -99,7 +99,9 @@ def test_validate_shows_the_plan_before_and_after(config: Path, done: subprocess
 
 def test_cache_estimate_runs_nothing(config: Path) -> None:
     result = cli("cache", "experiment.yaml", "--estimate", "--run-dir", "elsewhere", cwd=config.parent)
-    assert result.returncode == 0 and re.search(r"about [\d.]+ MiB for 24 rows", result.stdout)
+    assert result.returncode == 0 and re.search(
+        r"about [\d.]+ MiB for 24 rows.*, about \d+:\d\d:\d\d on this machine", result.stdout
+    )
     assert not (config.parent / "elsewhere").exists()
 
 

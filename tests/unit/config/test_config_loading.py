@@ -10,9 +10,10 @@ import yaml
 
 from pipeline.config import load_experiment
 from pipeline.config.data import HubData, LocalData
-from pipeline.config.methods import DistillLens, Kd
+from pipeline.config.methods import METHOD_KINDS, DistillLens, Kd
 from pipeline.errors import ConfigError
 
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 MINIMAL: dict[str, Any] = {
     "name": "tiny",
     "teacher": {"kind": "local", "path": "teacher"},
@@ -44,6 +45,18 @@ def test_a_minimal_file_gets_the_papers_defaults(tmp_path: Path) -> None:
     assert (experiment.alpha, experiment.data.max_prompt_tokens, experiment.data.max_tokens) == (1, 256, 512)
     assert experiment.evaluation.seeds == [10, 20, 30, 40, 50]
     assert experiment.evaluation.decoding.no_repeat_ngram_size == 6
+
+
+def test_unfair_methods_have_budgets_of_their_own(tmp_path: Path) -> None:
+    train = {"max_steps": 3, "batch_size": 8, "micro_batch_size": 4}
+    own = {"epochs": 2, "batch_size": 2, "learning_rate": [1e-4, 2e-4], "schedule": "linear"}
+    content = {**MINIMAL, "fair": False, "train": train, "methods": {"sft": None, "kd": {"train": own, "alpha": 0.5}}}
+    experiment = load_experiment(write(tmp_path, content))
+    assert experiment.training_of("sft") == experiment.train
+    kd = experiment.training_of("kd")
+    assert (kd.epochs, kd.max_steps, kd.batch_size, kd.micro_batch_size) == (2, None, 2, 2)
+    assert (kd.learning_rates, kd.schedule, kd.weight_decay) == ([1e-4, 2e-4], "linear", experiment.train.weight_decay)
+    assert (experiment.alpha_of("kd"), experiment.alpha_of("sft")) == (0.5, 0)
 
 
 def test_models_are_frozen(tmp_path: Path) -> None:
@@ -88,6 +101,61 @@ def test_every_problem_is_in_one_message(tmp_path: Path) -> None:
         (
             {"methods": {"distilllens": {"lens": {"token_fraction": 0.5, "mask_layout": "official"}}}},
             "methods.distilllens.lens: token_fraction 0.5 goes with mask_layout aligned only",
+        ),
+        (
+            {"methods": {"distilllens": {"lens": {"layer_weights": [1, 2]}}}},
+            "methods.distilllens.lens: layer_weights has 2 values for 5 pairs",
+        ),
+        (
+            {"methods": {"distilllens": {"lens": {"pairs": {"kind": "last", "count": 2}, "layer_weights": [0, 0]}}}},
+            "methods.distilllens.lens: layer_weights are all 0",
+        ),
+        (
+            {"methods": {"distilllens": {"lens": {"pairs": {"kind": "last", "count": 2}, "layer_weights": [1, -1]}}}},
+            "methods.distilllens.lens.layer_weights.1: Input should be greater than or equal to 0 (found -1)",
+        ),
+        ({"methods": {"kd": {"train": {"epochs": 2}}}}, "methods.kd.train sets a budget of its own, but fair: true"),
+        (
+            {"fair": False, "methods": {"kd": {"train": {"min_learning_rate": 1}}}},
+            "methods.kd.train: together with train, min_learning_rate 1.0 is above learning_rate 5e-05",
+        ),
+        ({"fair": False, "methods": {"sft": {"train": {"seeds": [1]}}}}, "methods.sft.train.seeds: unknown key"),
+        ({"methods": {"sft": {"alpha": 0.5}}}, "methods.sft.alpha: unknown key"),
+        ({"train": {"max_steps": 3, "learning_rate": []}}, "train.learning_rate: give at least one learning rate"),
+        ({"train": {"max_steps": 3, "learning_rate": [1, 1]}}, "train.learning_rate: give at least one learning rate"),
+        ({"train": {"max_steps": 3, "learning_rate": [1, 0]}}, "train.learning_rate: must be a number above 0, or a list"),
+        ({"train": {"max_steps": 3, "learning_rate": "fast"}}, "train.learning_rate: must be a number above 0, or a list"),
+        (
+            {"train": {"max_steps": 3, "learning_rate": [1, 2]}, "validation": {"select": "last"}},
+            "train.learning_rate [1.0, 2.0] is a search, but validation.select: last",
+        ),
+        ({"teacher_finetune": {"train": {"epochs": 1, "seeds": [1, 2]}}}, "teacher_finetune: train.seeds [1, 2]: there is one"),
+        (
+            {"teacher_finetune": {"train": {"epochs": 1, "learning_rate": [1, 2]}, "validation": {"select": "last"}}},
+            "teacher_finetune: train.learning_rate [1.0, 2.0] is a search",
+        ),
+        (
+            {"methods": {"distilllens": {"on_policy": {"fraction": 0.5}}}},
+            "methods.distilllens.on_policy trains on rows that are sampled while it trains, so cache.enabled: true cannot",
+        ),
+        (
+            {"methods": {"kd": {"on_policy": {"fraction": 0.5}}}, "cache": {"enabled": False}, "alpha": 0.5},
+            "methods.kd.on_policy goes with alpha 1, here it is 0.5",
+        ),
+        ({"methods": {"seqkd": {"on_policy": {"fraction": 0.5}}}}, "methods.seqkd.on_policy: unknown key"),
+        ({"methods": {"kd": {"on_policy": {"fraction": 0}}}}, "methods.kd.on_policy.fraction: "),
+        (
+            {"teacher_finetune": {"train": {"epochs": 1, "lora": {}}}},
+            "teacher_finetune: train.lora.save_merged is false, but everything after this reads the tuned teacher as a whole",
+        ),
+        (
+            {"benchmarks": {"a": {"source": {"path": "x"}, "filter": {}}}},
+            "benchmarks.a.filter: give exactly one of min_reference_tokens and min_reference_words",
+        ),
+        ({"benchmarks": {"a": {"source": {"path": "x"}, "seeds": [1, 1]}}}, "benchmarks.a: seeds [1, 1] repeats a seed"),
+        (
+            {"benchmarks": {"a": {"source": {"path": "x"}, "seeds": [1]}}, "evaluation": {"seeds": [1, 2]}},
+            "evaluation.seeds is given, but every benchmark has seeds of its own; set benchmarks.a.seeds",
         ),
         ({"benchmarks": {"dolly": {"source": {"kind": "held_out", "part": "test"}}}}, "data.held_out.test is 0"),
         ({"include": "x.yaml"}, "include: 'x.yaml' must be a list"),
@@ -174,12 +242,41 @@ def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
 
 
 def test_every_shipped_experiment_loads() -> None:
-    configs = Path(__file__).resolve().parents[3] / "configs"
     files = [
-        configs / "quickstart.yaml",
-        *sorted((configs / "experiments").glob("*.yaml")),
-        *sorted((configs / "paper").glob("*.yaml")),
+        CONFIGS / "quickstart.yaml",
+        *sorted((CONFIGS / "experiments").glob("*.yaml")),
+        *sorted((CONFIGS / "paper").glob("*.yaml")),
     ]
     assert len(files) >= 3
     for file in files:
         assert load_experiment(file).methods
+
+
+@pytest.mark.parametrize("name", ["quickstart", "experiments/smollm2-dolly", "experiments/smollm2-dolly15k"])
+def test_an_experiment_written_down_is_the_same_experiment(tmp_path: Path, name: str) -> None:
+    overrides = ["evaluation.lens_profile=true", "train.lora={rank: 2}", "train.learning_rate=[1e-4, 2e-4]"]
+    experiment = load_experiment(CONFIGS / f"{name}.yaml", overrides)
+    assert load_experiment(write(tmp_path, experiment.model_dump(mode="json"))) == experiment
+
+
+def test_benchmarks_with_protocols_of_their_own_are_written_down_too(tmp_path: Path) -> None:
+    benchmark = {"source": {"path": "x"}, "seeds": [1], "decoding": {"max_new_tokens": 3}}
+    experiment = load_experiment(write(tmp_path, {**MINIMAL, "benchmarks": {"a": benchmark}}))
+    assert load_experiment(write(tmp_path, experiment.model_dump(mode="json"))) == experiment
+
+
+FRAGMENTS = sorted(
+    file for folder in ("data", "methods", "models", "benchmarks") for file in (CONFIGS / folder).glob("*.yaml")
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FRAGMENTS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_shipped_fragment_completes_an_experiment(tmp_path: Path, file: Path) -> None:
+    own = {*yaml.safe_load(file.read_text()), *(("benchmarks",) if file.parent.name == "data" else ())}
+    rest = {key: value for key, value in MINIMAL.items() if key not in own}
+    assert load_experiment(write(tmp_path, {**rest, "include": [str(file)]})).name == "tiny"
+
+
+def test_the_nine_methods_are_there() -> None:
+    nine = yaml.safe_load((CONFIGS / "methods" / "nine.yaml").read_text())["methods"]
+    assert set(nine) == set(METHOD_KINDS) and len(nine) == 9

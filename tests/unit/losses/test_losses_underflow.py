@@ -13,6 +13,11 @@ PLAIN = LogitShape(1.0, None)
 TINY = torch.finfo(torch.float32).tiny
 
 
+@pytest.fixture(autouse=True)
+def _denormals_are_kept() -> None:
+    torch.set_flush_denormal(False)  # a test before this one may have had the process flush them
+
+
 def spread_logits(rows: int = 8, vocab: int = 4096) -> Tensor:
     """Evenly spread from 0 to -160: every distance at which float32 underflows occurs."""
     line = torch.linspace(0.0, -160.0, vocab)
@@ -59,3 +64,12 @@ def test_what_is_left_out_does_not_show(name: str) -> None:
 def test_log_probs_are_the_log_softmax() -> None:
     for logits in (spread_logits(), spread_logits() * 1e4, torch.randn(3, 500, dtype=torch.float64)):
         torch.testing.assert_close(log_probs(logits), logits.log_softmax(-1))
+
+
+def test_a_near_certain_label_keeps_its_digits() -> None:
+    logits = torch.zeros(1, 50)
+    logits[0, 7] = 12.0
+    wide, label = logits.double(), torch.tensor([7])
+    kernel = CrossEntropyKernel(PLAIN, with_grad=True)
+    torch.testing.assert_close(kernel(logits, label, None).double(), kernel(wide, label, None), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(logits.double(), wide, rtol=1e-6, atol=0.0)

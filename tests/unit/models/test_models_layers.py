@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from pipeline.errors import ConfigError
-from pipeline.models.layers import check_pairs, provenance_pairs, uniform_pairs
+from pipeline.models.layers import check_pairs, first_pairs, last_pairs, provenance_pairs, uniform_pairs
 
 
 def test_the_papers_pairs() -> None:
@@ -17,6 +19,19 @@ def test_the_papers_pairs() -> None:
 def test_provenance_follows_the_dropped_block() -> None:
     origin = [0, 1, 2, 3, 8, 9, 10]
     assert provenance_pairs(2, origin, "x") == ((2, 2), (4, 8))
+
+
+def test_first_and_last_layers() -> None:
+    assert first_pairs(3, 12, 48, "x") == ((1, 4), (2, 8), (3, 12))
+    assert last_pairs(3, 12, 48, "x") == ((9, 36), (10, 40), (11, 44))
+    assert last_pairs(11, 12, 48, "x") == first_pairs(11, 12, 48, "x")
+    assert first_pairs(2, 20, 30, "x") == ((1, 2), (2, 3))
+
+
+@pytest.mark.parametrize("choose", [first_pairs, last_pairs])
+def test_the_final_layer_is_no_intermediate_one(choose: Callable[..., object]) -> None:
+    with pytest.raises(ConfigError, match="x: 12 pairs, but a student of 12 layers has 11"):
+        choose(12, 12, 48, "x")
 
 
 def test_too_many_pairs() -> None:

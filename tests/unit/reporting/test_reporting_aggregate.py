@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.reporting.aggregate import RunScores, result_rows, table
-from pipeline.reporting.render import CSV_COLUMNS, Page, cell_text, html_page, markdown_table, write_csv
+from pipeline.reporting.differences import Difference
+from pipeline.reporting.render import CSV_COLUMNS, Page, Picture, cell_text, html_page, markdown_table, write_csv
 
 
 def run(method: str, seed: int | None, benchmark: str, rouge: list[float]) -> RunScores:
@@ -31,6 +32,20 @@ def test_rows_hold_the_deviation_over_decoding_seeds() -> None:
 def test_the_average_is_taken_per_decoding_seed_first() -> None:
     rows = {(r.method, r.train_seed, r.benchmark): r for r in result_rows(SCORES) if r.metric == "rouge_l"}
     assert rows["kd", 1, "avg"].mean == 14 and rows["kd", 1, "avg"].std == 0  # (20+8)/2 and (22+6)/2
+
+
+def test_benchmarks_with_other_numbers_of_decoding_seeds_are_averaged_by_their_means() -> None:
+    rows = result_rows([run("kd", 1, "a", [20.0, 22.0]), run("kd", 1, "b", [9.0])])
+    average = next(row for row in rows if (row.benchmark, row.metric) == ("avg", "rouge_l"))
+    assert (average.mean, average.std, average.n_decoding_seeds) == (15, None, 1)
+
+
+def test_a_metric_of_some_benchmarks_has_no_average() -> None:
+    some = RunScores("kd", 1, "a", {"rouge_l": [1.0], "similarity": [40.0]})
+    rows = result_rows([some, RunScores("kd", 1, "b", {"rouge_l": [3.0]})])
+    assert {(row.benchmark, row.metric) for row in rows} == {
+        ("a", "rouge_l"), ("a", "similarity"), ("b", "rouge_l"), ("avg", "rouge_l"),
+    }  # fmt: skip
 
 
 def test_cells_separate_training_and_decoding_variance() -> None:
@@ -63,12 +78,16 @@ def test_the_markdown_table_ends_with_the_average() -> None:
     assert markdown_table(table(result_rows(SCORES))).splitlines()[0] == "| method | a | b | avg |"
 
 
-def test_the_page_escapes_what_a_model_wrote() -> None:
+def test_the_page_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     example = {
         "benchmark": "a", "title": "t", "prompt": "p", "references": ["r"],
         "generations": [("kd s1", "<script>alert(1)</script>", 3.0)],
     }  # fmt: skip
-    page = Page("n", "d", ["note"], {"kd s1": {"steps": "3"}}, [example], {"commit": "<b>"})
+    (tmp_path / "f.svg").write_text("<svg/>")
+    picture = Picture("a <figure>", tmp_path / "f.svg")
+    differing = [Difference("alpha", {"kd": "<0.5>"})]
+    page = Page("n", "d", ["note"], {"kd s1": {"steps": "3"}}, differing, [picture], [example], {"commit": "<b>"})
     text = html_page(table(result_rows(SCORES)), page)
-    assert "<script>" not in text and "&lt;script&gt;alert(1)" in text and "&lt;b&gt;" in text
+    assert "<script>" not in text and "&lt;script&gt;alert(1)" in text and "&lt;b&gt;" in text and "&lt;0.5&gt;" in text
+    assert 'src="data:image/svg+xml;base64,PHN2Zy8+" alt="a &lt;figure&gt;"' in text
     assert "http" not in text  # nothing is fetched from anywhere

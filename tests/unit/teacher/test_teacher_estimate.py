@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import PreTrainedModel
 
 from pipeline.data.examples import EncodedExample
 from pipeline.errors import ArtifactError
-from pipeline.teacher.cache.estimate import check_disk, estimate_bytes
+from pipeline.models.lens import blocks
+from pipeline.teacher.cache import estimate
+from pipeline.teacher.cache.estimate import check_disk, estimate_bytes, estimate_seconds
 from pipeline.teacher.cache.schema import CacheKey
 from pipeline.teacher.cache.writer import capture
 
@@ -45,3 +48,27 @@ def test_disk_is_checked_at_the_nearest_folder_that_exists(tmp_path: Path, monke
         ArtifactError, match=r"needs 5\.5 GiB, but only 5 GiB are free there; free some space.*cache.enabled: false"
     ):
         check_disk(tmp_path, 11 * 2**29)
+
+
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.qwen2])
+def test_the_time_is_that_of_one_block_times_the_layers_and_passes(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[..., PreTrainedModel]
+) -> None:
+    timed: list[tuple[int, tuple[int, ...]]] = []
+
+    def half_a_second(model: PreTrainedModel, ids: torch.Tensor) -> float:
+        timed.append((len(blocks(model)), tuple(ids.shape)))
+        assert really(model, ids) > 0
+        return 0.5
+
+    really = estimate._forward_seconds
+    monkeypatch.setattr(estimate, "_forward_seconds", half_a_second)
+    seconds = estimate_seconds(make(layers=6).config, tokens=1000, rows=50, batch_size=5, device=torch.device("cpu"))
+    assert set(timed) == {(1, (5, 20))}
+    assert seconds == pytest.approx(6 * 10 * 0.5)
+
+
+def test_fewer_rows_than_a_batch_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_forward_seconds", lambda model, ids: float(ids.numel()))
+    seconds = estimate_seconds(tiny.llama(layers=3).config, tokens=30, rows=3, batch_size=8, device=torch.device("cpu"))
+    assert seconds == pytest.approx(3 * 30.0)

@@ -91,3 +91,34 @@ def test_a_failure_is_raised_when_its_step_is_due() -> None:
             seen.append(step.step)
     assert seen == [0]
     assert not any(thread.name.startswith("feed") for thread in threading.enumerate())
+
+
+class Echo:
+    """A sampler that takes odd steps and notes when and where it was asked."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int]] = []
+        self.threads: set[int] = set()
+
+    def takes(self, step: int) -> bool:
+        return step % 2 == 1
+
+    def write(self, step: int, rows: Sequence[EncodedExample]) -> Sequence[EncodedExample]:
+        self.events.append(("write", step))
+        self.threads.add(threading.get_ident())
+        return [EncodedExample(row.id, (*row.input_ids[: row.prompt_tokens], 77), row.prompt_tokens) for row in rows]
+
+
+def test_a_sampler_writes_its_steps_when_they_are_due_and_not_ahead() -> None:
+    sampler = Echo()
+    order = Order(4, 2, 7, 5)
+    steps = feed(ROWS, order, 0, pad_token_id=0, device=CPU, source=None, layers=(), sampler=sampler)
+    given = list(run(None))
+    for expected in given:
+        found = next(steps)
+        sampler.events.append(("train", found.step))
+        assert ids(found) == ids(expected) and found.sampled == (found.step % 2 == 1)
+        labels = torch.cat([batch.response_labels for batch in found.micro_batches])
+        assert (set(labels.tolist()) == {77}) == found.sampled
+    due = [("train", 0), ("write", 1), ("train", 1), ("train", 2), ("write", 3), ("train", 3), ("train", 4)]
+    assert sampler.events == due and sampler.threads == {threading.get_ident()}

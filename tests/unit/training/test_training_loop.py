@@ -17,7 +17,7 @@ from pipeline.errors import ArtifactError, DataError, TrainingError
 from pipeline.losses.objective import FeatureTerm, LensTerm, Objective, new_projection
 from pipeline.models.lens import logit_lens
 from pipeline.teacher.online import OnlineTeacher
-from pipeline.training.loop import MetricsLog, Settings, Summary, train
+from pipeline.training.loop import MetricsLog, OnStep, Settings, Summary, total_steps, train
 from pipeline.training.optim import adamw, learning_rate
 from pipeline.training.step import Student, Teacher
 
@@ -77,13 +77,20 @@ def run(
     trained: Student | None = None,
     stop_at: int | None = None,
     scores: list[float] | None = None,
+    watched: list[tuple[int, int]] | None = None,
 ) -> tuple[Summary, Student]:
     trained = trained or student(objective)
     remaining = list(scores or [])
 
-    def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
-        if step == stop_at:
-            raise KeyboardInterrupt
+    def watch(done: int, total: int) -> OnStep:
+        if watched is not None:
+            watched.append((done, total))
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            if step == stop_at:
+                raise KeyboardInterrupt
+
+        return on_step
 
     def validate() -> dict[str, float]:
         return {"dev/loss": remaining.pop(0) if remaining else 1.0}
@@ -98,7 +105,7 @@ def run(
         pad_token_id=0,
         folder=folder,
         validate=validate,
-        on_step=on_step,
+        watch=watch,
         save_model=lambda target: trained.model.save_pretrained(target),
     )
     return summary, trained
@@ -134,6 +141,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str, st
         return [(r["step"], {k: v for k, v in r["metrics"].items() if "per_second" not in k}) for r in records(folder)]
 
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_watcher_is_told_where_a_resumed_run_begins(tmp_path: Path) -> None:
+    watched: list[tuple[int, int]] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, OBJECTIVES["sft"], stop_at=3, watched=watched)
+    run(tmp_path, OBJECTIVES["sft"], watched=watched)
+    assert watched == [(0, 6), (2, 6)]
+
+
+def test_the_steps_of_a_budget() -> None:
+    assert total_steps(14, 4, None, 6) == 6 and total_steps(14, 4, 2, None) == 8
+    assert total_steps(14, 4, 0.5, None) == 2 and total_steps(12, 4, 1.5, None) == 5
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
