@@ -188,3 +188,17 @@ def test_models_that_do_not_fit_are_refused(config: Path, tmp_path: Path) -> Non
 
 def test_the_ui_needs_a_store(tmp_path: Path) -> None:
     assert "has no mlflow.db" in refused(cli("ui", "--run-dir", str(tmp_path), cwd=tmp_path))
+
+
+def test_lens_shows_both_models_and_writes_its_files(tmp_path: Path) -> None:
+    teacher, student = (
+        tiny.save(tiny.llama(layers=6), tmp_path / "teacher"),
+        tiny.save(tiny.llama(layers=4), tmp_path / "student"),
+    )
+    arguments = ("lens", str(student), "--teacher", str(teacher), "--prompt", "the cat sat", "--out", "heat")
+    result = cli(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "teacher" in result.stdout and "student" in result.stdout
+    for suffix in ("png", "svg", "json"):
+        assert (tmp_path / f"heat.{suffix}").stat().st_size > 0
+    assert "no-such-folder" in refused(cli("lens", "no-such-folder", *arguments[2:], cwd=tmp_path))
