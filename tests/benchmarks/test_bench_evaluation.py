@@ -84,19 +84,28 @@ def test_decoding_against_one_seed_at_a_time(benchmark: Any, figures: Figures, s
         ends = (output[:, PADDED:] == end).int()
         return int((ends.cumsum(dim=1) - ends == 0).sum())
 
-    generations = generate(model, tokenizer, prompts, protocol, SEEDS, batch_size=ROWS)
+    # The same 20 sequences at a time as transformers, and the same 20 prompts at a time, all seeds from one prefix.
+    sizes = {"20 sequences at a time": ROWS, "20 prompts × 5 seeds at a time": ROWS * len(SEEDS)}
+    streams = {name: generate(model, tokenizer, prompts, protocol, SEEDS, size) for name, size in sizes.items()}
+    tokens, times = dict.fromkeys(["theirs", *sizes], 0), dict.fromkeys(["theirs", *sizes], 0.0)
 
-    def ours() -> int:
-        return sum(len(row.token_ids) for row in itertools.islice(generations, ROWS))
+    def timed(name: str, work: Callable[[], int]) -> None:
+        started = time.perf_counter()
+        tokens[name] += work()
+        times[name] += time.perf_counter() - started
 
-    tokens, times = [0, 0], [0.0, 0.0]
+    def ours(name: str) -> int:
+        return sum(len(row.token_ids) for row in itertools.islice(streams[name], sizes[name]))
+
     for seed in SEEDS:  # alternating, so that another load on the machine meets both
-        for side, work in enumerate((functools.partial(theirs, seed), ours)):
-            started = time.perf_counter()
-            tokens[side] += work()
-            times[side] += time.perf_counter() - started
-    rates = [count / spent for count, spent in zip(tokens, times, strict=True)]
-    figures.add("generation", "transformers' generate, one seed at a time, padded to 256", rates[0], "tokens/s")
-    figures.add("generation", f"ours, {len(SEEDS)} seeds of {ROWS} prompts", rates[1], "tokens/s")
-    figures.add("generation", "tokens per second over transformers", rates[1] / rates[0], "×", (">=", 3))
+        timed("theirs", functools.partial(theirs, seed))
+        timed("20 sequences at a time", functools.partial(ours, "20 sequences at a time"))
+    timed("20 prompts × 5 seeds at a time", functools.partial(ours, "20 prompts × 5 seeds at a time"))
+    rates = {name: tokens[name] / times[name] for name in tokens}
+    figures.add(
+        "generation", "transformers' generate, one seed at a time, 20 prompts padded to 256", rates["theirs"], "tokens/s"
+    )
+    for name in sizes:
+        goal = (">=", 3.0) if sizes[name] > ROWS else None
+        figures.add("generation", f"tokens per second over transformers, {name}", rates[name] / rates["theirs"], "×", goal)
     benchmark.pedantic(lambda: list(generate(model, tokenizer, prompts[:4], protocol, SEEDS, ROWS)), rounds=1)

@@ -124,7 +124,7 @@ def gradients(
             trained, source, Objective(1.0, task, lens=lens), batch, denominator=sum(batch.response_counts),
             autocast=None, backend="compiled", draw=draw,
         ).total  # fmt: skip
-        return list(torch.autograd.grad(loss, list(student.parameters())))
+        return list(torch.autograd.grad(loss, list(student.parameters()), materialize_grads=True))
 
     gradient(-1)  # compilation and page faults do not count
     started = time.perf_counter()
