@@ -12,8 +12,8 @@ from pipeline.artifacts import write_text_atomically
 from pipeline.config.experiment import Experiment
 from pipeline.config.methods import SeqKd
 from pipeline.errors import ArtifactError, DataError
-from pipeline.models.lens import check_vocabulary_sizes
-from pipeline.models.load import load_tokenizer
+from pipeline.models.lens import check_same_tokens, check_vocabulary_sizes
+from pipeline.models.load import has_tokenizer, load_tokenizer
 from pipeline.stages import (
     cache,
     compare,
@@ -173,7 +173,7 @@ def check_inputs(plan: Plan) -> None:
 
     Raises:
         DataError: a file is malformed or empty, or has fewer rows than a batch.
-        ModelError: teacher and student have different vocabularies.
+        ModelError: teacher and student have different vocabularies or tokenizers.
     """
     if plan.data.place.existing() is None:
         rows = len(plan.data.train.read())
@@ -186,8 +186,10 @@ def check_inputs(plan: Plan) -> None:
             benchmark.rows.read()
     student, tokenizer = plan.student.own, plan.data.tokenizer
     if student is not None and tokenizer.place is None:
-        size = len(load_tokenizer(tokenizer.folder()))
-        check_vocabulary_sizes(plan.models[0].config().vocab_size, student.config().vocab_size, size)
+        tokens = load_tokenizer(tokenizer.folder())
+        check_vocabulary_sizes(plan.models[0].config().vocab_size, student.config().vocab_size, len(tokens))
+        if student.place is None and has_tokenizer(student.folder()):
+            check_same_tokens(tokens.get_vocab(), load_tokenizer(student.folder()).get_vocab())
 
 
 def _batch_sizes(experiment: Experiment) -> dict[str, int]:

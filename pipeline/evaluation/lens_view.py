@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.losses.divergences import at_least_float32, log_probs
 from pipeline.losses.elementwise import row_chunks
 from pipeline.losses.fused import default_chunk_tokens
-from pipeline.models.lens import LogitLens, check_vocabulary_sizes, logit_lens
+from pipeline.models.lens import LogitLens, check_same_tokens, check_vocabulary_sizes, logit_lens
 from pipeline.models.load import load_config, load_model, load_tokenizer
 from pipeline.teacher.online import layer_states
 from pipeline.training.device import choose_device
@@ -293,14 +293,7 @@ def _longest(folder: Path) -> int:
 
 def _shared_vocabulary(folders: Mapping[str, Path], tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> int:
     """The number of vocabulary entries that both heads share (hazard 7)."""
-    theirs, own = tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab()
-    differing = [token for token, token_id in own.items() if theirs.get(token, token_id) != token_id]
-    if differing:
-        token = min(differing, key=own.__getitem__)
-        raise ModelError(
-            f"teacher and student have different tokenizers: {token!r} is token {theirs[token]} in {folders['teacher']} and "
-            f"token {own[token]} in {folders['student']}; choose two models of one family"
-        )
+    check_same_tokens(tokenizers["teacher"].get_vocab(), tokenizers["student"].get_vocab())
     sizes = {name: int(load_config(folder).vocab_size) for name, folder in folders.items()}
     return check_vocabulary_sizes(sizes["teacher"], sizes["student"], len(tokenizers["student"]))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +117,25 @@ def check_vocabulary_sizes(teacher: int, student: int, tokenizer: int) -> int:
     return common
 
 
+def check_same_tokens(teacher: Mapping[str, int], student: Mapping[str, int]) -> None:
+    """Make sure that every token that both tokenizers have is the same id in both (hazard 7).
+
+    Args:
+        teacher: token → id.
+        student: token → id.
+
+    Raises:
+        ModelError: they are different tokenizers, whatever their sizes.
+    """
+    differing = [token for token, own in student.items() if teacher.get(token, own) != own]
+    if differing:
+        token = min(differing, key=student.__getitem__)
+        raise ModelError(
+            f"teacher and student have different tokenizers: {token!r} is token {teacher[token]} of the teacher's and token "
+            f"{student[token]} of the student's; choose two models of one family"
+        )
+
+
 def _head(model: PreTrainedModel, vocab_size: int | None) -> Head:
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Linear):
@@ -141,9 +160,16 @@ def _verify(model: PreTrainedModel, lens: LogitLens) -> None:
         output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     finally:
         model.train(training)
-    expected = output.logits[..., : lens.head.size]
-    found = lens.head.logits(output.hidden_states[-1])
-    if not torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2):
+    width = output.hidden_states[1].shape[-1]
+    if width != lens.head.weight.shape[1]:
+        raise ModelError(
+            f"{model.config.model_type}: its blocks are {width} wide and its head takes {lens.head.weight.shape[1]}; "
+            "a projection between the two is not supported"
+        )
+    expected = output.logits[..., : lens.head.size].float()
+    difference = lens.head.logits(output.hidden_states[-1]).float() - expected
+    # Half-precision models are this far from themselves; anything that the lens leaves out is farther.
+    if difference.abs().max() > 1e-2 * expected.abs().max():
         raise ModelError(
             f"{model.config.model_type}: the model's logits are not its head applied to its final states "
             "(an unknown scaling or projection), so its logit lens would be wrong"
@@ -162,16 +188,22 @@ def _child(model: PreTrainedModel, names: tuple[str, ...], what: str) -> nn.Modu
     )
 
 
+def _saved_names(name: str) -> tuple[str, ...]:
+    """Names under which a tensor may be saved: some lack the base model's prefix, GPT-NeoX renames its head."""
+    renamed = (name.replace("lm_head.", "embed_out.", 1),) if name.startswith("lm_head.") else ()
+    return (name, name.partition(".")[2], *renamed)
+
+
 def _full_name(model: PreTrainedModel, module: nn.Module, parameter: str) -> str:
     return next(f"{name}.{parameter}" for name, candidate in model.named_modules() if candidate is module)
 
 
 def _read_weight(folder: Path, name: str) -> Tensor:
-    """One tensor of a safetensors folder; older checkpoints leave out the base model's prefix."""
+    """One tensor of a safetensors folder."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             keys = set(weights.keys())
-            for candidate in (name, name.partition(".")[2]):
+            for candidate in _saved_names(name):
                 if candidate in keys:
                     tensor: Tensor = weights.get_tensor(candidate)
                     return tensor

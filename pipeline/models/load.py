@@ -179,6 +179,13 @@ def load_tokenizer(folder: Path, gguf_file: str | None = None) -> PreTrainedToke
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has a tokenizer of its own; many checkpoints of students have none."""
+    return any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+    )
+
+
 def import_gguf(folder: Path, gguf_file: str, target: Path) -> None:
     """Convert a GGUF file into a float32 transformers folder: quantised models cannot be trained or saved as they are.
 
