@@ -109,6 +109,7 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: dict[str, str]) -> RunFact
         params |= flatten(trial.train.config.model_dump(mode="json", exclude={"alpha", "train"}), "method.")
         params |= flatten(trial.train.training.model_dump(mode="json", exclude={"seeds"}), "train.")
     fingerprints = {plan.benchmark.name: plan.place.fingerprint for plan in trial.evaluations}
+    fingerprints |= {f"{plan.evaluation.benchmark.name} {plan.name}": plan.place.fingerprint for plan in trial.metrics}
     if trial.profile is not None:
         fingerprints["lens profile"] = trial.profile.place.fingerprint
     inputs = []

@@ -21,6 +21,7 @@ from pipeline.stages import (
     finetune_teacher,
     import_model,
     lens_profile,
+    measure,
     prepare,
     seqkd,
     student,
@@ -82,6 +83,7 @@ class Plan:
             if trial.train is not None:
                 yield trial.train.place
             yield from (plan.place for plan in trial.evaluations)
+            yield from (plan.place for plan in trial.metrics)
             if trial.profile is not None:
                 yield trial.profile.place
         yield self.comparison.place
@@ -136,11 +138,15 @@ def plan_experiment(experiment: Experiment, run_dir: Path) -> Plan:
 
     def trial(method: str, seed: int | None, subject: evaluate.Subject, training: TrainPlan | None) -> Trial:
         label = method if seed is None else f"{method} s{seed}"
-        plans = (evaluate.plan_evaluation(subject, label, benchmark, experiment.evaluation, root) for benchmark in benchmarks)
+        settings, limit = experiment.evaluation, experiment.data.max_tokens
+        plans = tuple(evaluate.plan_evaluation(subject, label, benchmark, settings, root) for benchmark in benchmarks)
+        metrics = [
+            metric for plan in plans for metric in measure.plan_metrics(settings.metrics, label, plan, teacher, limit, root)
+        ]
         profile = None
         if not isinstance(subject, ModelPlan):
             profile = lens_profile.plan_profile(experiment, label, subject, initial, teacher, data, root)
-        return Trial(method, seed, training, tuple(plans), profile)
+        return Trial(method, seed, training, plans, tuple(metrics), profile)
 
     trials = (
         trial("teacher", None, teacher, None),

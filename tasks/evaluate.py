@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pyarrow.parquet as parquet
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from pipeline.stages import evaluate as stage
+from pipeline.stages import measure
 from pipeline.stages.compare import Trial, trial_rows
 from pipeline.stages.evaluate import LoadedModel
 from pipeline.tracking import Tracker
@@ -18,16 +21,19 @@ _TABLE_ROWS = 200
 @task(task_run_name="evaluate {trial.name}", cache_policy=NO_CACHE)
 def evaluate(trial: Trial, run_id: str, tracker: Tracker) -> dict[str, float]:
     """Generate and score, loading the model once and only if something is missing; returns the final scores."""
-    loaded: LoadedModel | None = None
+
+    @cache
+    def load() -> LoadedModel:
+        return stage.load_subject(trial.evaluations[0].subject)
+
     for plan in trial.evaluations:
-        artifact = plan.place.existing()
-        if artifact is None:
-            loaded = loaded or stage.load_subject(plan.subject)
-            artifact = stage.run(plan, loaded)
+        artifact = plan.place.existing() or stage.run(plan, load())
         show_artifact(plan.place, artifact)
         rows = parquet.read_table(artifact.path / stage.GENERATIONS).slice(0, _TABLE_ROWS).to_pydict()
         rows["references"] = ["\n---\n".join(references) for references in rows["references"]]
         tracker.log_table(run_id, rows, f"generations/{plan.benchmark.name}.json")
+    for metric in trial.metrics:
+        show_artifact(metric.place, measure.run(metric, load))
     scores: dict[str, float] = {}
     for row in trial_rows(trial):
         scores[f"eval/{row.benchmark}/{row.metric}"] = row.mean

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 
 from pipeline.config.base import Strict
+from pipeline.config.models import EncoderRef
 
 TaskDivergence = Literal["forward_kl", "reverse_kl", "fkl_rkl", "jensen_shannon", "adaptive_kl", "jeffreys"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -355,6 +356,62 @@ def _switch(value: Any) -> Any:
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
+class JudgeMetric(Strict):
+    """Mean rating, 1–10, by a language model behind an OpenAI-compatible endpoint; its cost is limited by both budgets."""
+
+    base_url: str = Field(pattern=r"^https?://[^@?\s]+$")
+    """Up to, not including, /chat/completions."""
+    model: str = Field(min_length=1)
+    max_requests: int = Field(ge=1)
+    """Most requests of the run directory's judgements together, retries included; also those of earlier runs count."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens by the endpoint's own count; null sets no limit."""
+    api_key_variable: str | None = None
+    """Environment variable that holds the key; null for endpoints without one."""
+    decoding_seeds: int = Field(default=1, ge=1)
+    """How many decoding seeds' answers are judged, the first ones."""
+    workers: int = Field(default=4, ge=1)
+    max_retries: int = Field(default=6, ge=0)
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    max_reply_tokens: int = Field(default=512, ge=1)
+
+
+class SimilarityMetric(Strict):
+    """100 · cosine of sentence embeddings of a prediction and the closest of its references (Reimers & Gurevych 2019)."""
+
+    model: EncoderRef
+    batch_size: int = Field(default=64, ge=1)
+
+
+class ExposureMetric(Strict):
+    """Excess accumulated error of the student on its own responses over the teacher's (Arora et al. 2022), per cent."""
+
+    lengths: list[Annotated[int, Field(ge=1)]] = Field(default=[1, 2, 4, 8, 16], min_length=1)
+    """Generated tokens, ascending; results.csv has the value of the last (the lineage's is 16), metric.json all of them."""
+    rows: int | None = Field(default=64, ge=1)
+    """Prompts of each benchmark; null takes all."""
+    seed: int = 10
+    """Both models are sampled with it, at temperature 1 from the whole distribution."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ExposureMetric:
+        if self.lengths != sorted(set(self.lengths)):
+            raise ValueError(f"lengths {self.lengths} must ascend, each once")
+        return self
+
+
+class Metrics(Strict):
+    """Metrics beside ROUGE-L and exact match."""
+
+    similarity: SimilarityMetric | None = None
+
+    calibration: bool = False
+    """Expected calibration error of the next-token predictions on the references, per cent (`ece`)."""
+    exposure_bias: Annotated[ExposureMetric | None, BeforeValidator(_switch)] = None
+    """true, or its settings (`ex_acc_err`)."""
+    judge: JudgeMetric | None = None
+
+
 class Evaluation(Strict):
     """Test-set decoding (the paper: temperature 1, top-p 1, no_repeat_ngram_size 6, seeds 10–50)."""
 
@@ -362,6 +419,7 @@ class Evaluation(Strict):
     seeds: list[int] = Field(default=[10, 20, 30, 40, 50], min_length=1)
     """Decoding seeds; a greedy protocol uses the first alone."""
     batch_size: int = Field(default=32, ge=1)
+    metrics: Metrics = Metrics()
     lens_profile: Annotated[LensProfile | None, BeforeValidator(_switch)] = None
     """true, or its settings: profile every student through the logit lens, before and after training."""
 

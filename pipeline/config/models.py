@@ -40,6 +40,20 @@ class PackageModel(Strict):
 ModelRef = Annotated[HubModel | LocalModel | PackageModel, Field(discriminator="kind")]
 
 
+class PackageFolder(Strict):
+    """A model folder that an installed Python package carries."""
+
+    kind: Literal["package"]
+    package: str = Field(pattern=r"^[A-Za-z_][\w.]*$")
+    """Import name of the package; it is located, never imported."""
+    folder: str = Field(pattern=r"^\w[\w-]*(\.[\w-]+)*(/\w[\w-]*(\.[\w-]+)*)*$")
+    """Folder inside the package."""
+
+
+EncoderRef = Annotated[HubModel | LocalModel | PackageFolder, Field(discriminator="kind")]
+"""A sentence encoder: a folder of sentence-transformers."""
+
+
 class PrunedStudent(Strict):
     """The teacher without one contiguous block of layers (Gromov et al. 2024, arXiv 2403.17887)."""
 

@@ -33,7 +33,8 @@ class Page:
 
     Attributes:
         name, description: of the experiment.
-        notes: sentences on how to read the table.
+        notes: sentences on how to read the tables.
+        others: metric → its table, beside that of ROUGE-L.
         costs: method → column → value.
         differences: every setting in which two methods differ.
         figures: drawn into the page.
@@ -44,6 +45,7 @@ class Page:
     name: str
     description: str
     notes: Sequence[str]
+    others: Mapping[str, Mapping[str, Mapping[str, Cell]]]
     costs: Mapping[str, Mapping[str, str]]
     differences: Sequence[Difference]
     figures: Sequence[Picture]
@@ -107,6 +109,12 @@ def html_page(cells: Mapping[str, Mapping[str, Cell]], page: Page) -> str:
 
     environment = Environment(loader=PackageLoader("pipeline.reporting"), autoescape=True, undefined=StrictUndefined)
     template = environment.get_template("report.html.j2")
+    others = [(metric, *_texts(found)) for metric, found in page.others.items()]
+    names, rows = _texts(cells)
+    return template.render(page=page, columns=names, rows=rows, others=others)
+
+
+def _texts(cells: Mapping[str, Mapping[str, Cell]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The columns of a table, and its rows as text."""
     names = columns(cells)
-    rows = [(method, [cell_text(benchmarks.get(name)) for name in names]) for method, benchmarks in cells.items()]
-    return template.render(page=page, columns=names, rows=rows)
+    return names, [(method, [cell_text(benchmarks.get(name)) for name in names]) for method, benchmarks in cells.items()]

@@ -11,13 +11,14 @@ from typing import Any
 
 from pipeline.artifacts import Artifact, write_text_atomically
 from pipeline.config.experiment import Experiment
-from pipeline.config.methods import TASK_OF_KIND, Training
+from pipeline.config.methods import TASK_OF_KIND, Metrics, Training
 from pipeline.evaluation.lens_profile import write_profiles
 from pipeline.reporting import render
 from pipeline.reporting.aggregate import METRICS, ResultRow, RunScores, result_rows, table
 from pipeline.reporting.differences import ABSENT, differences, write_csv
 from pipeline.stages.evaluate import GENERATIONS, EvaluatePlan, read_scores
 from pipeline.stages.lens_profile import LensProfilePlan, read_profile
+from pipeline.stages.measure import MetricPlan, read_metric
 from pipeline.stages.place import Place, build, place
 from pipeline.stages.train import TrainPlan
 from pipeline.tracking import flatten
@@ -35,6 +36,7 @@ class Trial:
         seed: training seed, None for models that are not trained here.
         train: its training, None for models that are not trained here.
         evaluations: one per benchmark.
+        metrics: what is measured on their generations.
         profile: its lens profile, None where there is none.
     """
 
@@ -42,11 +44,12 @@ class Trial:
     seed: int | None
     train: TrainPlan | None
     evaluations: tuple[EvaluatePlan, ...]
+    metrics: tuple[MetricPlan, ...] = ()
     profile: LensProfilePlan | None = None
 
     def finished(self) -> bool:
         """Whether every artifact of it is there."""
-        made = (*self.evaluations, self.train, self.profile)
+        made = (*self.evaluations, *self.metrics, self.train, self.profile)
         return all(plan.place.existing() is not None for plan in made if plan is not None)
 
     @property
@@ -67,6 +70,11 @@ class ComparePlan:
 def plan_comparison(experiment: Experiment, trials: Sequence[Trial], root: Path, run_dir: Path) -> ComparePlan:
     """Plan the comparison; it is rebuilt when any evaluation behind it changes."""
     upstream = {f"{trial.name}/{plan.benchmark.name}": plan.place.fingerprint for trial in trials for plan in trial.evaluations}
+    upstream |= {
+        f"{trial.name}/{plan.evaluation.benchmark.name}/{plan.name}": plan.place.fingerprint
+        for trial in trials
+        for plan in trial.metrics
+    }
     upstream |= {f"{trial.name}/lens": trial.profile.place.fingerprint for trial in trials if trial.profile is not None}
     recipe = {"name": experiment.name, "description": experiment.description, "fair": experiment.fair}
     path = run_dir / experiment.name / "comparison"
@@ -84,10 +92,12 @@ def run(plan: ComparePlan) -> Artifact:
         settings = method_settings(plan.trials)
         differing = differences(settings)
         write_csv(folder / "differences.csv", differing, list(settings))
+        extra = dict.fromkeys(row.metric for row in rows if row.metric not in METRICS)
         page = render.Page(
             name=plan.experiment.name,
             description=plan.experiment.description,
             notes=reading_notes(plan),
+            others={metric: table(rows, metric) for metric in extra},
             costs=_costs(plan.trials),
             differences=differing,
             figures=_lens_figures(plan.trials, folder),
@@ -151,8 +161,29 @@ def reading_notes(plan: ComparePlan) -> list[str]:
         f"Every trained row had {_budget(training)} and the same data order{_other_order(plan)}."
         if plan.experiment.fair
         else "Methods have budgets of their own (fair: false); the report lists every setting in which they differ.",
+        *_metric_notes(plan.experiment.evaluation.metrics),
         "teacher and untrained (the student before training) are there for orientation.",
     ]
+
+
+def _metric_notes(metrics: Metrics) -> list[str]:
+    notes = []
+    if metrics.similarity is not None:
+        notes.append("similarity: 100 · cosine of sentence embeddings of the prediction and its closest reference.")
+    if metrics.exposure_bias is not None:
+        notes.append(
+            f"ex_acc_err: excess accumulated error after {metrics.exposure_bias.lengths[-1]} tokens on the student's own "
+            "responses over the teacher's, per cent; 0 without exposure bias."
+        )
+    if metrics.calibration:
+        notes.append(
+            "ece: expected calibration error of the next-token predictions on the references, per cent; lower is better."
+        )
+    if metrics.judge is not None:
+        notes.append(
+            f"judge: mean rating by {metrics.judge.model}, 1 (useless) to 10 (excellent), with the first reference beside."
+        )
+    return notes
 
 
 def _other_order(plan: ComparePlan) -> str:
@@ -215,6 +246,8 @@ def _found_rates(plans: Sequence[TrainPlan]) -> dict[str, Any]:
 def _run_scores(trial: Trial, plan: EvaluatePlan) -> RunScores:
     scores = read_scores(plan.place.path)
     per_seed = {metric: [float(seed[metric]) for seed in scores["per_seed"]] for metric in METRICS}
+    measured = {metric.name: read_metric(metric) for metric in trial.metrics if metric.evaluation == plan}
+    per_seed |= {name: values for name, values in measured.items() if values}
     return RunScores(trial.method, trial.seed, plan.benchmark.name, per_seed)
 
 

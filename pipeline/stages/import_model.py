@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from pipeline.config.models import HubModel, LocalModel, ModelRef
+from pipeline.config.models import HubModel, LocalModel, ModelRef, PackageFolder
+from pipeline.errors import ModelError
 from pipeline.hub import resolve_revision
 from pipeline.models import load
 from pipeline.stages.place import MODEL, Place, build, place
@@ -72,6 +74,24 @@ def plan_model(ref: ModelRef, root: Path, what: str) -> ModelPlan:
     location = load.locate_package(ref.package, ref.gguf_file, what)
     recipe = {"gguf_sha256": location.digest, "dtype": "float32"}
     return ModelPlan(what, location, place(root, "model", VERSION, f"import {location.label}", recipe, {}))
+
+
+def plan_encoder(ref: HubModel | LocalModel | PackageFolder, root: Path, what: str) -> ModelPlan:
+    """Locate a sentence encoder; it is used where it is.
+
+    Raises:
+        ModelError: it is not where the configuration says.
+    """
+    if not isinstance(ref, PackageFolder):
+        return plan_model(ref, root, what)
+    try:
+        spec = importlib.util.find_spec(ref.package)
+    except (ImportError, ValueError):
+        spec = None
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    if not folders:
+        raise ModelError(f"{what}.package: {ref.package!r} is not an installed package; install it with pip")
+    return ModelPlan(what, load.locate_local(Path(folders[0]) / ref.folder, what), None)
 
 
 def run(plan: ModelPlan) -> Path:

@@ -149,6 +149,19 @@ def test_every_problem_is_in_one_message(tmp_path: Path) -> None:
             "teacher_finetune: train.lora.save_merged is false, but everything after this reads the tuned teacher as a whole",
         ),
         (
+            {"evaluation": {"metrics": {"exposure_bias": {"lengths": [4, 2]}}}},
+            "evaluation.metrics.exposure_bias: lengths [4, 2] must ascend",
+        ),
+        (
+            {"evaluation": {"metrics": {"judge": {"base_url": "http://u:p@h/v1", "model": "j", "max_requests": 1}}}},
+            "evaluation.metrics.judge.base_url: ",
+        ),
+        ({"evaluation": {"metrics": {"judge": {"base_url": "http://h/v1", "model": "j"}}}}, "max_requests: missing"),
+        (
+            {"evaluation": {"metrics": {"similarity": {"model": {"kind": "package", "package": "p", "folder": "../x"}}}}},
+            "evaluation.metrics.similarity.model.folder: ",
+        ),
+        (
             {"benchmarks": {"a": {"source": {"path": "x"}, "filter": {}}}},
             "benchmarks.a.filter: give exactly one of min_reference_tokens and min_reference_words",
         ),

@@ -86,8 +86,11 @@ def test_the_page_escapes_what_a_model_wrote(tmp_path: Path) -> None:
     (tmp_path / "f.svg").write_text("<svg/>")
     picture = Picture("a <figure>", tmp_path / "f.svg")
     differing = [Difference("alpha", {"kd": "<0.5>"})]
-    page = Page("n", "d", ["note"], {"kd s1": {"steps": "3"}}, differing, [picture], [example], {"commit": "<b>"})
+    judged = table(result_rows([RunScores("<kd>", 1, "a", {"judge": [6.5]})]), "judge")
+    costs = {"kd s1": {"steps": "3"}}
+    page = Page("n", "d", ["note"], {"judge": judged}, costs, differing, [picture], [example], {"commit": "<b>"})
     text = html_page(table(result_rows(SCORES)), page)
     assert "<script>" not in text and "&lt;script&gt;alert(1)" in text and "&lt;b&gt;" in text and "&lt;0.5&gt;" in text
+    assert "<h2>judge</h2>" in text and "&lt;kd&gt;" in text and "<td>6.50</td>" in text
     assert 'src="data:image/svg+xml;base64,PHN2Zy8+" alt="a &lt;figure&gt;"' in text
     assert "http" not in text  # nothing is fetched from anywhere
