@@ -279,7 +279,7 @@ class Training(Strict):
     batch_size: int = Field(default=8, ge=1)
     """Rows of one optimiser step."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows of one forward pass; null takes the whole batch. Changes memory, not mathematics."""
+    """Rows of one forward pass; null takes the whole batch. Changes memory, not mathematics, `mask_layout: official` apart."""
     learning_rate: LearningRate = 5e-5
     """The peak. A list is a search: every method is trained with each, and validation keeps its best."""
     min_learning_rate: float = Field(default=0.0, ge=0)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pipeline.artifacts import Artifact
 from pipeline.config.experiment import Experiment
-from pipeline.config.methods import MethodConfig, SeqKd, Sft, Training, Validation
+from pipeline.config.methods import DistillLens, MethodConfig, SeqKd, Sft, Training, Validation
 from pipeline.data.tokenize import EncodedDataset, read_encoded
 from pipeline.evaluation.generate import DecodingProtocol
 from pipeline.losses.objective import Objective, new_projection
@@ -110,6 +110,9 @@ def plan_training(experiment: Experiment, method: str, seed: int, inputs: Inputs
         **fit_recipe(training, experiment.validation),
         "teacher_states": None if not uses_teacher else states.dtype if states else "online",
     }
+    if isinstance(config, DistillLens) and config.lens.mask_layout == "official":
+        # The published tiling mixes the rows of one forward pass (hazard 1), so their number changes the result.
+        recipe["micro_batch_size"] = training.micro_batch_size or training.batch_size
     upstream = {"prepare": inputs.data.place.fingerprint, "student": inputs.student.place.fingerprint}
     if uses_teacher:
         upstream["teacher"] = inputs.teacher.digest

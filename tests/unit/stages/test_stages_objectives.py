@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import stages
 from pydantic import TypeAdapter
 
 from pipeline.config.methods import MethodConfig
@@ -73,3 +75,12 @@ def test_what_no_cache_holds() -> None:
     assert reads_all_positions(method(lens(mask_layout="official")).config)
     assert reads_all_positions(method({"kind": "mse", "features": {"positions": "all"}}).config)
     assert not reads_all_positions(method(lens()).config) and not reads_all_positions(method({"kind": "kd"}).config)
+
+
+def test_rows_of_a_pass_are_part_of_a_run_only_where_they_change_its_result(tmp_path: Path) -> None:
+    def fingerprint(layout: str, rows: int) -> str:
+        overrides = (f"methods.distilllens.lens.mask_layout={layout}", f"train.micro_batch_size={rows}")
+        return stages.training(stages.planned(tmp_path, *overrides), "distilllens").place.fingerprint
+
+    assert fingerprint("aligned", 1) == fingerprint("aligned", 2)
+    assert fingerprint("official", 1) != fingerprint("official", 2)
