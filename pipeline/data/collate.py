@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,12 @@ class Batch:
             response_positions=self.response_positions.to(device, non_blocking=True),
             response_counts=self.response_counts,
         )
+
+
+def batches_by_length(examples: Sequence[EncodedExample], batch_size: int, pad_token_id: int) -> Iterator[Batch]:
+    """Batches of rows of similar length, shortest first, ties by id: the order of everything that only measures."""
+    ordered = sorted(examples, key=lambda row: (len(row.input_ids), row.id))
+    return (collate(ordered[start : start + batch_size], pad_token_id) for start in range(0, len(ordered), batch_size))
 
 
 def collate(examples: Sequence[EncodedExample], pad_token_id: int, pad_to: int | None = None) -> Batch:

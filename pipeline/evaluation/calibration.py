@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.data.collate import collate
+from pipeline.data.collate import batches_by_length
 from pipeline.data.examples import EncodedExample
 from pipeline.errors import ModelError
 from pipeline.losses.divergences import at_least_float32, log_probs
@@ -93,12 +93,11 @@ def calibration(
             model is in training mode.
     """
     _check(model, rows, batch_size, bins)
-    ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.id))
     chunk = chunk_tokens or default_chunk_tokens(lens.head.size)
     sums, nll = torch.zeros(bins, 3, dtype=torch.float64), 0.0
     keep_freed_blocks()
-    for start in range(0, len(ordered), batch_size):
-        batch = collate(ordered[start : start + batch_size], pad_token_id).to(model.device)
+    for cpu_batch in batches_by_length(rows, batch_size, pad_token_id):
+        batch = cpu_batch.to(model.device)
         states = layer_states(model, batch, [lens.num_layers], batch.response_positions)[lens.num_layers]
         predictions = _predictions(states, lens, batch.response_labels, chunk)
         sums += _bin_sums(predictions, bins)

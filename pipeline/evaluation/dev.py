@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.data.collate import collate
+from pipeline.data.collate import batches_by_length
 from pipeline.data.examples import EncodedExample, EncodedPrompt
 from pipeline.evaluation.generate import DecodingProtocol, decode, generate
 from pipeline.evaluation.rouge import score
@@ -20,10 +20,9 @@ def dev_loss(
     model: PreTrainedModel, lens: LogitLens, rows: Sequence[EncodedExample], batch_size: int, pad_token_id: int
 ) -> float:
     """Mean cross-entropy per response token, nats."""
-    ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.id))
     total, tokens = 0.0, 0
-    for start in range(0, len(ordered), batch_size):
-        batch = collate(ordered[start : start + batch_size], pad_token_id).to(model.device)
+    for cpu_batch in batches_by_length(rows, batch_size, pad_token_id):
+        batch = cpu_batch.to(model.device)
         states = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
         final = states.last_hidden_state.flatten(0, 1)[batch.response_positions]
         count = len(batch.response_positions)

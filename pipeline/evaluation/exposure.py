@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.data.collate import Batch, collate
+from pipeline.data.collate import Batch, batches_by_length
 from pipeline.data.examples import EncodedExample
 from pipeline.errors import ModelError
 from pipeline.losses.divergences import forward_kl
 from pipeline.losses.elementwise import keep_freed_blocks, row_chunks
 from pipeline.losses.fused import default_chunk_tokens
+from pipeline.losses.head import check_same_size
 from pipeline.models.lens import LogitLens
 from pipeline.teacher.online import layer_states
 
@@ -172,9 +173,7 @@ def _accumulate(
     progress: Callable[[int], None] | None,
 ) -> _Steps:
     errors, alive = torch.zeros(2, longest, dtype=torch.float64)
-    ordered = sorted(rows, key=lambda row: len(row.input_ids))
-    for start in range(0, len(ordered), batch_size):
-        batch = collate(ordered[start : start + batch_size], pad_token_id)
+    for batch in batches_by_length(rows, batch_size, pad_token_id):
         steps = torch.cat([torch.arange(count) for count in batch.response_counts])
         errors.index_add_(0, steps, pair.errors(batch))
         alive += torch.bincount(steps, minlength=longest)
@@ -221,8 +220,4 @@ def _check_lengths(lengths: Sequence[int], batch_size: int) -> None:
 def _check_models(teacher: PreTrainedModel, teacher_lens: LogitLens, student: PreTrainedModel, student_lens: LogitLens) -> None:
     if teacher.training or student.training:
         raise ValueError("a model is in training mode, so dropout would add errors; put both into evaluation mode first")
-    if student_lens.head.size != teacher_lens.head.size:
-        raise ValueError(
-            f"the student's head compares {student_lens.head.size} vocabulary entries, the teacher's {teacher_lens.head.size}; "
-            "set vocab_size of both heads to the size of the vocabulary that they share"
-        )
+    check_same_size(student_lens.head, teacher_lens.head)

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.artifacts import write_text_atomically
-from pipeline.data.collate import Batch, collate
+from pipeline.data.collate import Batch, batches_by_length
 from pipeline.data.examples import EncodedExample
 from pipeline.errors import ArtifactError
-from pipeline.losses.divergences import at_least_float32, jensen_shannon_terms, log_probs
+from pipeline.losses.divergences import at_least_float32, jensen_shannon_terms, log_probs, probs
 from pipeline.losses.elementwise import keep_freed_blocks, row_chunks
 from pipeline.losses.fused import default_chunk_tokens
+from pipeline.losses.head import check_same_size
 from pipeline.models.layers import LayerPair, check_pairs
 from pipeline.models.lens import LogitLens
 from pipeline.teacher.online import layer_states
@@ -117,11 +118,10 @@ def lens_profile(
     _check(rows, student_lens, teacher_lens)
     chunk = chunk_tokens or default_chunk_tokens(student_lens.head.size)
     totals, tokens = torch.zeros(len(pairs), len(_MEASURES), dtype=torch.float64), 0
-    ordered = sorted(rows, key=lambda row: (len(row.input_ids), row.id))
     keep_freed_blocks()
     with _evaluating(student):
-        for start in range(0, len(ordered), batch_size):
-            batch = collate(ordered[start : start + batch_size], pad_token_id).to(student.device)
+        for cpu_batch in batches_by_length(rows, batch_size, pad_token_id):
+            batch = cpu_batch.to(student.device)
             states = _states(student, teacher_source, batch, pairs)
             for index, ((student_layer, teacher_layer), (p, q)) in enumerate(zip(pairs, states, strict=True)):
                 teacher_rows = _Rows(teacher_lens, teacher_layer, p, final_norm)
@@ -188,7 +188,7 @@ def _measures(log_p: Tensor, log_q: Tensor) -> Tensor:
     # It is symmetric, so exchanging the arguments gives the teacher's part of every entry: together ½·p·g(c).
     _, teacher_part = _jensen_shannon(log_q, log_p)
     entries = student_part.add_(teacher_part)
-    log_c, p, q = log_q - log_p, log_p.exp(), log_q.exp()
+    log_c, p, q = log_q - log_p, probs(log_p), probs(log_q)
     return torch.stack(
         [
             jsd,
@@ -223,11 +223,7 @@ def _block_rows(logits: Tensor) -> int:
 def _check(rows: Sequence[EncodedExample], student: LogitLens, teacher: LogitLens) -> None:
     if not rows:
         raise ValueError("no rows to profile a student on; give at least one")
-    if student.head.size != teacher.head.size:
-        raise ValueError(
-            f"the student's head compares {student.head.size} vocabulary entries, the teacher's {teacher.head.size}; "
-            "set vocab_size of both heads to the size of the vocabulary that they share"
-        )
+    check_same_size(student.head, teacher.head)
 
 
 @contextlib.contextmanager

@@ -67,13 +67,22 @@ def score_rows(predictions: Sequence[str], references: Sequence[Sequence[str]]) 
     return [_score_row(prediction, texts, number) for prediction, texts in zip(predictions, references, strict=True)]
 
 
-def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+def check_paired(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    """Make sure that there is a row of references for each prediction.
+
+    Raises:
+        ValueError: the lengths differ, or predictions is one text.
+    """
     if isinstance(predictions, str):
         raise ValueError("predictions is one text; give a list of texts")
     if len(predictions) != len(references):
         raise ValueError(
             f"{len(predictions)} predictions but {len(references)} rows of references; give one row per prediction"
         )
+
+
+def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+    check_paired(predictions, references)
     for row, texts in enumerate(references):
         if isinstance(texts, str):
             raise ValueError(f"references[{row}] is one text; give a list of texts")

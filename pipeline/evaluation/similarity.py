@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ModelError
+from pipeline.evaluation.rouge import check_paired
 
 _INSTALL = 'pip install "sentence-transformers>=6.2"'
 _LAYOUT = "modules.json"
@@ -100,12 +101,7 @@ def _closest(prediction: Tensor, references: Tensor) -> float:
 
 
 def _check(predictions: Sequence[str], references: Sequence[Sequence[str]], batch_size: int) -> None:
-    if isinstance(predictions, str):
-        raise ValueError("predictions is one text; give a list of texts")
-    if len(predictions) != len(references):
-        raise ValueError(
-            f"{len(predictions)} predictions but {len(references)} rows of references; give one row per prediction"
-        )
+    check_paired(predictions, references)
     for row, texts in enumerate(references):
         if isinstance(texts, str) or not texts:
             raise ValueError(f"references[{row}] is {texts!r}; give a list with at least one reference")

@@ -29,7 +29,7 @@ from pipeline.losses.elementwise import (
     row_chunks,
     rows_of,
 )
-from pipeline.losses.head import Head
+from pipeline.losses.head import Head, check_same_size
 
 _CHUNK_BYTES = 48 * 2**20
 _SLICE_ROWS = 4096
@@ -74,11 +74,7 @@ def vocab_divergence(
         raise ValueError(
             f"{student_hidden.shape[0]} student rows but {teacher_hidden.shape[0]} teacher rows; they must pair up"
         )
-    if student_head.size != teacher_head.size:
-        raise ValueError(
-            f"the student's head compares {student_head.size} vocabulary entries, the teacher's {teacher_head.size}; "
-            "set vocab_size of both heads to the size of the vocabulary that they share"
-        )
+    check_same_size(student_head, teacher_head)
     weights = None if weights is None else weights.detach().to(_wide(student_head.weight.dtype))
     needs = _Needs.of(student_hidden, student_head)
     kernel = DivergenceKernel(get_divergence(divergence), LogitShape.of(student_head), LogitShape.of(teacher_head), needs.any)

@@ -40,3 +40,16 @@ class Head:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+
+def check_same_size(student: Head, teacher: Head) -> None:
+    """Make sure that two heads compare the same vocabulary entries (hazard 7).
+
+    Raises:
+        ValueError: they do not.
+    """
+    if student.size != teacher.size:
+        raise ValueError(
+            f"the student's head compares {student.size} vocabulary entries, the teacher's {teacher.size}; "
+            "set vocab_size of both heads to the size of the vocabulary that they share"
+        )

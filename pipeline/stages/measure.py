@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,7 @@ def _exposed(plan: MetricPlan, load: Callable[[], LoadedModel]) -> Measured:
     teacher = load_model(plan.teacher.folder(), device=choose_device())
     lens = logit_lens(teacher)
     size = common_vocabulary(lens.head.size, loaded.model, len(loaded.tokenizer))
+    lens = replace(lens, head=replace(lens.head, vocab_size=size))
     batch_size, pad = plan.evaluation.evaluation.batch_size, pad_id(loaded.tokenizer)
     protocol = DecodingProtocol(max_new_tokens=config.lengths[-1], do_sample=True)
     with progress(plan.place.label, 2 * len(prompts), "generations") as advance:
@@ -194,7 +195,7 @@ def _exposed(plan: MetricPlan, load: Callable[[], LoadedModel]) -> Measured:
             for m in (loaded.model, teacher)
         )
     found = excess_accumulated_error(
-        teacher, logit_lens(teacher, size), loaded.model, logit_lens(loaded.model, size), student_rows, oracle_rows,
+        teacher, lens, loaded.model, logit_lens(loaded.model, size), student_rows, oracle_rows,
         [len(prompt.input_ids) for prompt in prompts], config.lengths, batch_size, pad,
     )  # fmt: skip
     last = found.excess_percent[-1]
