@@ -10,7 +10,7 @@ from pipeline.config.methods import Training
 from pipeline.plan import Plan
 from pipeline.stages import cache as cache_stage
 from pipeline.stages.place import Place
-from pipeline.stages.prepare import RowsPlan
+from pipeline.stages.prepare import BenchmarkPlan, RowsPlan
 from pipeline.teacher.cache.estimate import estimate_seconds
 from pipeline.training.device import choose_device
 
@@ -67,9 +67,15 @@ def _tokens(plan: Plan) -> dict[str, str]:
             found[trial.train.place.fingerprint] = f"{mark}{round(tokens * _visits(trial.train.training, rows))}"
         for evaluation in trial.evaluations:
             prompts = evaluation.benchmark.place.existing()
-            count = prompts.manifest.counts["kept"] if prompts else len(evaluation.benchmark.rows.read())
+            count = prompts.manifest.counts["kept"] if prompts else _estimated_prompts(evaluation.benchmark)
             found[evaluation.place.fingerprint] = f"≤ {count * len(evaluation.seeds) * evaluation.decoding.max_new_tokens}"
     return found
+
+
+def _estimated_prompts(benchmark: BenchmarkPlan) -> int:
+    """Rows before the filter, which needs the tokenizer, but not more than the sample takes."""
+    rows, sample = len(benchmark.rows.read()), benchmark.spec.sample
+    return rows if sample is None else min(rows, sample.rows)
 
 
 def _visits(training: Training, rows: int) -> float:

@@ -179,6 +179,7 @@ def check_inputs(plan: Plan) -> None:
 
     Raises:
         DataError: a file is malformed or empty, or has fewer rows than a batch.
+        ConfigError: the evaluation's engine cannot run here.
         ModelError: teacher and student have different vocabularies or tokenizers.
     """
     if plan.data.place.existing() is None:
@@ -190,6 +191,9 @@ def check_inputs(plan: Plan) -> None:
     for benchmark in plan.benchmarks:
         if benchmark.place.existing() is None:
             benchmark.rows.read()
+    for trial in plan.trials:
+        for evaluation in trial.evaluations:
+            evaluate.check_engine(evaluation)
     student, tokenizer = plan.student.own, plan.data.tokenizer
     if student is not None and tokenizer.place is None:
         tokens = load_tokenizer(tokenizer.folder())

@@ -11,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from pipeline.stages import evaluate as stage
 from pipeline.stages import measure
 from pipeline.stages.compare import Trial, trial_rows
-from pipeline.stages.evaluate import LoadedModel
+from pipeline.stages.evaluate import LoadedModel, ServedModel
 from pipeline.tracking import Tracker
 from tasks.record import show_artifact
 
@@ -26,8 +26,13 @@ def evaluate(trial: Trial, run_id: str, tracker: Tracker) -> dict[str, float]:
     def load() -> LoadedModel:
         return stage.load_subject(trial.evaluations[0].subject)
 
+    @cache
+    def answering() -> LoadedModel | ServedModel:
+        first = trial.evaluations[0]
+        return load() if first.evaluation.engine == "transformers" else stage.load_served(first.subject)
+
     for plan in trial.evaluations:
-        artifact = plan.place.existing() or stage.run(plan, load())
+        artifact = plan.place.existing() or stage.run(plan, answering())
         show_artifact(plan.place, artifact)
         rows = parquet.read_table(artifact.path / stage.GENERATIONS).slice(0, _TABLE_ROWS).to_pydict()
         rows["references"] = ["\n---\n".join(references) for references in rows["references"]]

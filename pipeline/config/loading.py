@@ -104,10 +104,15 @@ def _check_depth(value: Any, path: Path, depth: int = 0) -> None:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        if not (isinstance(value, dict) and isinstance(merged.get(key), dict)):
+            merged[key] = value
+            continue
+        kind = merged[key].get("kind")
+        # As with --set: a path makes a source or model of another kind a local one.
+        if "path" in value and "kind" not in value and kind is not None:
+            value = {"kind": "local", **value}
         # A mapping with another `kind` is another thing: its predecessor's keys would only be unknown keys.
-        same_kind = both and value.get("kind", merged[key].get("kind")) == merged[key].get("kind")
-        merged[key] = _merge(merged[key], value) if same_kind else value
+        merged[key] = _merge(merged[key], value) if value.get("kind", kind) == kind else value
     return merged
 
 

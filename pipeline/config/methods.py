@@ -418,7 +418,11 @@ class Evaluation(Strict):
     decoding: Decoding = Decoding(no_repeat_ngram_size=6)
     seeds: list[int] = Field(default=[10, 20, 30, 40, 50], min_length=1)
     """Decoding seeds; a greedy protocol uses the first alone."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates. The engines sample other responses from the same distribution, so a comparison has one of them; vllm
+    needs a CUDA device and an environment of its own, see README.md."""
     batch_size: int = Field(default=32, ge=1)
+    """Sequences decoded together; vllm makes its own batches."""
     metrics: Metrics = Metrics()
     lens_profile: Annotated[LensProfile | None, BeforeValidator(_switch)] = None
     """true, or its settings: profile every student through the logit lens, before and after training."""

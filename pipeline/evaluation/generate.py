@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from pipeline.data.examples import EncodedPrompt
@@ -100,7 +100,7 @@ def generate(
         ValueError: `batch_size` below 1, no seeds or a repeated seed.
     """
     batches = plan_batches(prompts, protocol, seeds, batch_size)
-    check_lengths(model, prompts, protocol, max_length)
+    check_lengths(context_length(model.config), prompts, protocol, max_length)
     decoder = Decoder(model, tokenizer, protocol, seeds, batch_size, max_length)
     return (generation for batch in batches for generation in decoder.decode(batch, progress))
 
@@ -140,16 +140,21 @@ def used_seeds(protocol: DecodingProtocol, seeds: Sequence[int]) -> tuple[int, .
     return tuple(seeds) if protocol.do_sample else (seeds[0],)
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """Positions that a model has; None for one without a limit."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
 def check_lengths(
-    model: PreTrainedModel, prompts: Sequence[EncodedPrompt], protocol: DecodingProtocol, max_length: int | None
+    context: int | None, prompts: Sequence[EncodedPrompt], protocol: DecodingProtocol, max_length: int | None
 ) -> None:
     """Refuse prompts that leave no room for their response, before anything is decoded.
 
     Raises:
-        ConfigError: prompt and response would not fit into the model's context or `max_length`.
+        ConfigError: prompt and response would not fit into the `context` positions of the model or `max_length`.
         DataError: a prompt without tokens.
     """
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for prompt in prompts:
         length = len(prompt.input_ids)
         if length == 0:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.artifacts import canonical_json, text_digest
 from pipeline.data.examples import EncodedPrompt
 from pipeline.errors import ArtifactError
-from pipeline.evaluation.generate import Decoder, DecodingProtocol, check_lengths, decode, plan_batches, used_seeds
+from pipeline.evaluation.generate import (
+    Decoder,
+    DecodingProtocol,
+    Generation,
+    check_lengths,
+    context_length,
+    decode,
+    plan_batches,
+    used_seeds,
+)
 from pipeline.evaluation.rouge import score_rows
 
 VERSION = 1
@@ -82,6 +92,34 @@ class BenchmarkScores:
     tokens_per_second: float
 
 
+class BatchDecoder(Protocol):
+    """What decodes a batch: `pipeline.evaluation.generate.Decoder`, or another engine's in its shape."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Gives the text of a response."""
+        ...
+
+    @property
+    def protocol(self) -> DecodingProtocol:
+        """How to decode."""
+        ...
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        """Decoding seeds."""
+        ...
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of prompt and response together."""
+        ...
+
+    def decode(self, prompts: Sequence[EncodedPrompt], progress: Callable[[int], None] | None = None) -> list[Generation]:
+        """The responses to one batch of prompts, in the order prompts × seeds."""
+        ...
+
+
 def evaluate_benchmark(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -115,10 +153,38 @@ def evaluate_benchmark(
         ValueError: no prompts, a prompt without references, and the cases of `generate`.
     """
     _check(prompts)
-    check_lengths(model, prompts, protocol, max_length)
+    check_lengths(context_length(model.config), prompts, protocol, max_length)
     decoder = Decoder(model, tokenizer, protocol, seeds, batch_size, max_length)
+    return evaluate_with(decoder, _weights_digest(model), prompts, batch_size, out, progress)
+
+
+def evaluate_with(
+    decoder: BatchDecoder,
+    model: str,
+    prompts: Sequence[EncodedPrompt],
+    batch_size: int,
+    out: Path,
+    progress: Callable[[int], None] | None = None,
+) -> BenchmarkScores:
+    """As `evaluate_benchmark`, with a decoder that is ready and prompts that `check_lengths` has passed.
+
+    Args:
+        decoder: answers batches of prompts.
+        model: identifies model and engine: parts made under another are not reused.
+        prompts: the benchmark's rows.
+        batch_size: sequences handed to the decoder at a time.
+        out: the Parquet file.
+        progress: called with the number of responses that are newly done.
+
+    Raises:
+        ArtifactError: a part that cannot be read.
+        ModelError: see the decoder.
+        ValueError: no prompts, or a prompt without references.
+    """
+    _check(prompts)
+    protocol, seeds = decoder.protocol, decoder.seeds
     batches = plan_batches(prompts, protocol, seeds, batch_size)
-    conditions = _conditions(decoder)
+    conditions = _conditions(decoder, model)
     key = _key(conditions, prompts)
     finished = _finished(out, key)
     if finished is not None:
@@ -144,7 +210,7 @@ def _check(prompts: Sequence[EncodedPrompt]) -> None:
 
 
 def _part(
-    parts: Path, decoder: Decoder, batch: Sequence[EncodedPrompt], key: str, progress: Callable[[int], None] | None
+    parts: Path, decoder: BatchDecoder, batch: Sequence[EncodedPrompt], key: str, progress: Callable[[int], None] | None
 ) -> pa.Table:
     file = parts / f"{key}.parquet"
     if file.exists():
@@ -206,12 +272,12 @@ def _spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def _conditions(decoder: Decoder) -> str:
+def _conditions(decoder: BatchDecoder, model: str) -> str:
     """What a generation depends on besides its prompt; the batch size is no part of it."""
     return canonical_json(
         {
             "version": VERSION,
-            "weights": _weights_digest(decoder.model),
+            "weights": model,
             "protocol": asdict(decoder.protocol),
             "seeds": list(used_seeds(decoder.protocol, decoder.seeds)),
             "end_token": decoder.tokenizer.eos_token_id,

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.losses.divergences import at_least_float32
 from pipeline.losses.elementwise import Backend
 from pipeline.losses.fused import vocab_cross_entropy, vocab_divergence
 from pipeline.losses.head import Head
@@ -306,7 +307,7 @@ def feature_error(
         else:
             student_states = projection(student_states)
         # Without rows the mean would be NaN; the sum is a zero that still has a gradient.
-        difference = (student_states - teacher_states).float().square()
+        difference = at_least_float32(student_states - teacher_states).square()
         errors.append(difference.sum() / max(difference.numel(), 1))
     return torch.stack(errors).mean()
 

@@ -202,7 +202,8 @@ def _decoding_text(plan: EvaluatePlan) -> str:
         if decoding.do_sample
         else "decoded greedily"
     )
-    return f"{how}, at most {decoding.max_new_tokens} new tokens"
+    engine = " by vLLM" if plan.evaluation.engine == "vllm" else ""
+    return f"{how}, at most {decoding.max_new_tokens} new tokens{engine}"
 
 
 def _budget(training: Training) -> str:

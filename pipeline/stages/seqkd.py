@@ -16,7 +16,14 @@ from pipeline.config.methods import SeqGeneration
 from pipeline.data.examples import EncodedExample, EncodedPrompt
 from pipeline.data.tokenize import read_encoded, write_encoded
 from pipeline.errors import DataError
-from pipeline.evaluation.generate import Decoder, DecodingProtocol, check_lengths, decode, plan_batches
+from pipeline.evaluation.generate import (
+    Decoder,
+    DecodingProtocol,
+    check_lengths,
+    context_length,
+    decode,
+    plan_batches,
+)
 from pipeline.models import load
 from pipeline.progress import Advance, progress
 from pipeline.stages.import_model import ModelPlan
@@ -98,7 +105,7 @@ def _generate(
     files = [parts / f"{text_digest(repr([prompt.id for prompt in batch]))[:32]}.arrow" for batch in batches]
     if not all(file.exists() for file in files):
         model = load.load_model(plan.teacher.folder(), device=choose_device())
-        check_lengths(model, prompts, protocol, limit)
+        check_lengths(context_length(model.config), prompts, protocol, limit)
         decoder = Decoder(model, tokenizer, protocol, seeds, size, limit)
     found: dict[str, EncodedExample] = {}
     for batch, file in zip(batches, files, strict=True):

@@ -307,12 +307,7 @@ def gradients(loss: Tensor, setting: Setting) -> dict[str, Tensor]:
 
 
 def compare(case: Case, setting: Setting, dtype: str) -> None:
-    agree(plain_loss(case, setting), pipeline_loss(case, setting), setting, tolerance_of(case, dtype))
-
-
-def tolerance_of(case: Case, dtype: str) -> float:
-    # The feature error is summed in float32 whatever the models' type.
-    return 1e-6 if (case.kind, dtype) == ("mse", "float64") else TOLERANCE[dtype]
+    agree(plain_loss(case, setting), pipeline_loss(case, setting), setting, TOLERANCE[dtype])
 
 
 def agree(expected: Tensor, found: Tensor, setting: Setting, tolerance: float) -> None:
@@ -418,4 +413,4 @@ def test_micro_batches_sum_to_the_whole_batch(index: int, name: str, cuts: list[
     whole = random_setting(400 + index, "float64", case, rows=4)
     parts = [whole.rows[start:stop] for start, stop in zip([0, *cuts], [*cuts, 4], strict=True)]
     losses = [pipeline_loss(case, replace(whole, batch=collate(rows, pad_token_id=0))) for rows in parts]
-    agree(plain_loss(case, whole), sum(losses[1:], losses[0]), whole, tolerance_of(case, "float64"))
+    agree(plain_loss(case, whole), sum(losses[1:], losses[0]), whole, TOLERANCE["float64"])

@@ -214,6 +214,14 @@ def test_another_kind_replaces_and_does_not_merge(tmp_path: Path) -> None:
     assert isinstance(load_experiment(write(tmp_path, content)).data.train, HubData)
 
 
+def test_a_path_over_an_included_source_makes_it_a_local_one(tmp_path: Path) -> None:
+    hub = {"kind": "hub", "repo": "o/n", "file": "raw.jsonl", "revision": "main", "skip": 1000}
+    write(tmp_path, {**MINIMAL, "data": {**MINIMAL["data"], "train": hub}}, "base.yaml")
+    content = {"include": ["base.yaml"], "data": {"train": {"path": "rows.csv", "first": 64}}}
+    source = load_experiment(write(tmp_path, content)).data.train
+    assert source == LocalData(kind="local", path=Path("rows.csv"), first=64)
+
+
 def test_an_include_cycle_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, {"include": ["b.yaml"]}, "a.yaml")
     write(tmp_path, {"include": ["a.yaml"]}, "b.yaml")
