@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,17 @@ log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 
 
+def lock_path(path: Path) -> Path:
+    """The lock file of an artifact's place."""
+    return path.with_name(path.name + ".lock")
+
+
+def held(path: Path) -> bool:
+    """Whether a living process holds the lock file `path`."""
+    owner = _read_owner(path)
+    return owner is not None and _alive(owner)
+
+
 @contextlib.contextmanager
 def exclusive(path: Path, wait_seconds: float = 24 * 3600) -> Iterator[None]:
     """Hold the lock file `path`; wait for a living owner, take over from a dead one.
@@ -28,7 +40,7 @@ def exclusive(path: Path, wait_seconds: float = 24 * 3600) -> Iterator[None]:
     while not _try_take(path):
         owner = _read_owner(path)
         if owner is not None and not _alive(owner):
-            _steal(path, owner)
+            _remove_dead(path, owner)
             continue
         if time.monotonic() > deadline:
             raise ArtifactError(f"{path}: held by {_describe(owner)}; wait for it to end, or remove the file if it is gone")
@@ -70,22 +82,36 @@ def _alive(owner: dict[str, object]) -> bool:
     return isinstance(pid, int) and _start_time(pid) is not None and _start_time(pid) == owner.get("start")
 
 
-def _steal(path: Path, owner: dict[str, object]) -> None:
-    # Rename first: of several waiting processes only one wins, and a lock taken meanwhile is put back by its check.
-    grave = path.with_name(f"{path.name}.stale.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, grave)
-        if _read_owner(grave) != owner:
-            os.link(grave, path)
-        else:
+def _remove_dead(path: Path, owner: dict[str, object]) -> None:
+    """Remove the lock of a dead owner, of which several waiting processes may know at the same time.
+
+    Under a lock named after that owner: only its holder may remove the owner's lock, so what is read here is still there
+    when it is removed, and a lock that a third process has taken since is never touched. A process that dies right here
+    leaves that lock to be removed in the same way.
+    """
+    name = hashlib.sha256(json.dumps(owner, sort_keys=True).encode()).hexdigest()[:12]
+    with exclusive(path.with_name(f"{path.name}.{name}")):
+        if _read_owner(path) == owner:
+            path.unlink()
             log.warning("took over %s from the dead process %s", path, owner.get("pid"))
-        grave.unlink()
+
+
+def this_process() -> str:
+    """Host, process id and the kernel's start time, which tells a process from a later one with the same id."""
+    return f"{socket.gethostname()} {os.getpid()} {_start_time(os.getpid())}"
+
+
+def is_gone(process: str) -> bool:
+    """Whether a process, as `this_process` named it, has ended; one of another machine counts as alive."""
+    host, pid, start = process.rsplit(" ", 2)
+    return host == socket.gethostname() and _start_time(int(pid)) != start
 
 
 def _start_time(pid: int) -> str | None:
-    """Kernel start time of a process (jiffies since boot), None if there is no such process."""
+    """Kernel start time of a process (jiffies since boot), None if there is no such process or it only waits to be reaped."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state[0] in "ZX" else state[19]
     except (FileNotFoundError, ProcessLookupError, IndexError):
         pass
     if Path("/proc/self").exists():

@@ -5,6 +5,7 @@ L = (1 − α)·CE + α·[ D_task + λ·mean_pairs D_lens + w·MSE_features ]
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
@@ -268,6 +269,26 @@ class Lora(Strict):
     """Save a whole checkpoint beside the adapter, with the adapter added to its weights."""
 
 
+class Launch(Strict):
+    """How many processes of this machine train together, and how they share the model. Changes speed and memory only."""
+
+    processes: int = Field(default=1, ge=1)
+    """One for each device, or several on the CPU; every optimiser step's rows are divided among them."""
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """ddp: each has the whole model. fsdp (FSDP2): parameters, gradients and optimiser state are divided among them.
+    deepspeed: ZeRO-2 or ZeRO-3, as its configuration says; needs the package."""
+    config: Path | None = None
+    """fsdp: the file that `accelerate config` writes, for its options. deepspeed: DeepSpeed's JSON file."""
+
+    @model_validator(mode="after")
+    def _config_is_read(self) -> Launch:
+        if self.config is not None and self.strategy == "ddp":
+            raise ValueError(
+                f"config {self.config} is for fsdp or deepspeed, but strategy is ddp; remove it, or set the strategy"
+            )
+        return self
+
+
 class Training(Strict):
     """One budget for every method."""
 
@@ -297,6 +318,9 @@ class Training(Strict):
     elementwise: Literal["eager", "compiled"] = "eager"
     """How the losses' elementwise work runs. `compiled` needs a C++ compiler (Triton on CUDA), takes seconds once, and falls
     back to eager without; the values are the same."""
+    gradient_checkpointing: bool = False
+    """Compute the blocks' activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    launch: Launch = Launch()
 
     @model_validator(mode="after")
     def _one_budget(self) -> Training:
@@ -308,6 +332,20 @@ class Training(Strict):
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {min(self.learning_rates)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds {self.seeds} repeats a seed")
+        return self
+
+    @model_validator(mode="after")
+    def _processes_share_a_step(self) -> Training:
+        launch = self.launch
+        if launch.processes > self.batch_size:
+            raise ValueError(
+                f"launch.processes {launch.processes} is larger than batch_size {self.batch_size}, so some would have no rows; "
+                "lower it"
+            )
+        if launch.processes > 1 and launch.strategy != "ddp" and self.lora is not None:
+            raise ValueError(
+                f"launch.strategy {launch.strategy} trains every parameter, not adapters; set it to ddp, or remove lora"
+            )
         return self
 
     @property
@@ -442,5 +480,7 @@ class CacheConfig(Strict):
     shard_mib: int = Field(default=256, ge=1)
     batch_size: int = Field(default=8, ge=1)
     """Rows of one teacher forward pass during capture."""
+    parts: int = Field(default=1, ge=1, le=999)
+    """Capture in so many parts, which several processes or machines take one after another; the cache is the same."""
     extra_layers: list[int] = []
     """Teacher layers to keep beside those that the methods need, for students to come."""

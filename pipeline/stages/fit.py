@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -10,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,7 +20,7 @@ from pipeline.artifacts import write_text_atomically
 from pipeline.config.methods import Training, Validation
 from pipeline.data.examples import EncodedExample
 from pipeline.data.tokenize import EncodedDataset, read_encoded, read_prompts
-from pipeline.errors import TrainingError
+from pipeline.errors import ConfigError, TrainingError
 from pipeline.evaluation.dev import dev_loss, dev_rouge
 from pipeline.evaluation.generate import DecodingProtocol
 from pipeline.losses.objective import Objective
@@ -27,10 +28,18 @@ from pipeline.models import load, lora
 from pipeline.progress import progress
 from pipeline.stages.place import MODEL
 from pipeline.stages.prepare import DEV, DEV_PROMPTS
+from pipeline.training.checkpoint import state_of
 from pipeline.training.device import autocast_dtype, choose_device
+from pipeline.training.feed import Share
+from pipeline.training.launch import ProcessLost, forget, run_processes
 from pipeline.training.loop import MetricsLog, OnStep, Settings, better, train
 from pipeline.training.on_policy import OnPolicy, is_on_policy, own_samples, sample_seed
+from pipeline.training.sharded import read_division
 from pipeline.training.step import Student, Teacher
+from pipeline.training.stopping import StopAsked, stop_on_sigterm
+
+if TYPE_CHECKING:
+    from pipeline.training.replicas import Group
 
 log = logging.getLogger(__name__)
 METRICS, SUMMARY, ADAPTER = "metrics.jsonl", "summary.json", "adapter"
@@ -50,6 +59,8 @@ class Fit:
         prepared: folder with the dev rows.
         max_tokens: most tokens of a row.
         on_policy: steps on the student's own samples, if any.
+        stage: module with `unpack(plan)`, which gives processes of their own this fit and its subjects from `plan`.
+        plan: of the stage, as JSON.
     """
 
     label: str
@@ -60,7 +71,9 @@ class Fit:
     rows: EncodedDataset
     prepared: Path
     max_tokens: int
-    on_policy: OnPolicy | None = None
+    on_policy: OnPolicy | None
+    stage: str
+    plan: str
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ def fit_recipe(training: Training, validation: Validation) -> dict[str, Any]:
     """The settings that a fit's result depends on, for fingerprints."""
     adapter = {} if training.lora is None else {"lora": training.lora.model_dump(mode="json")}
     # How the same mathematics is carried out is left out: it changes nothing that a result may depend on.
-    execution = {"seeds", "micro_batch_size", "checkpoint_every", "elementwise"}
+    execution = {"seeds", "micro_batch_size", "checkpoint_every", "elementwise", "gradient_checkpointing", "launch"}
     return {
         "training": {**training.model_dump(mode="json", exclude=execution | {"lora"}), **adapter},
         "autocast": str(autocast_dtype(training.precision, choose_device())),
@@ -85,7 +98,32 @@ def fit_recipe(training: Training, validation: Validation) -> dict[str, Any]:
     }
 
 
-def fit(job: Fit, subject: Callable[[PreTrainedModel], Subject], folder: Path) -> dict[str, Any]:
+Make = Callable[[PreTrainedModel], Subject]
+"""What is trained, around a fresh base model."""
+
+
+def check_launch(training: Training, what: str) -> None:
+    """Refuse processes that this machine cannot run; `what` is the dotted path of the budget, for messages.
+
+    Raises:
+        ConfigError: more processes than CUDA devices, a configuration that cannot be read or has other options, or a package
+            that is not installed.
+    """
+    launch, devices = training.launch, torch.cuda.device_count()
+    if launch.processes == 1:
+        return
+    if devices and launch.processes > devices:
+        raise ConfigError(
+            f"{what}.launch.processes: {launch.processes} processes, but this machine has {devices} CUDA devices; lower it"
+        )
+    read_division(launch.strategy, launch.config, f"{what}.launch")
+    if launch.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f'{what}.launch.strategy: deepspeed is not installed; pip install "deepspeed>=0.19", or set it to fsdp'
+        )
+
+
+def fit(job: Fit, subject: Make, folder: Path) -> dict[str, Any]:
     """Train and leave the selected weights, metrics.jsonl and summary.json in `folder`; goes on from what it left there.
 
     Args:
@@ -97,7 +135,8 @@ def fit(job: Fit, subject: Callable[[PreTrainedModel], Subject], folder: Path) -
         Counts: those of `pipeline.training.loop.Summary`, `learning_rate`, and of a search each candidate's outcome.
 
     Raises:
-        DataError, TrainingError: see `pipeline.training.loop.train`. In a search, TrainingError only if every candidate fails.
+        DataError, Stopped, TrainingError: see `pipeline.training.loop.train` and, of several processes,
+            `pipeline.training.launch.run_processes`. In a search, TrainingError only if every candidate fails.
     """
     rates = job.training.learning_rates
     if len(rates) == 1:
@@ -130,16 +169,43 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
-def _fit_one(job: Fit, rate: float, make: Callable[[PreTrainedModel], Subject], folder: Path, label: str) -> dict[str, Any]:
+def run_rank(task: str, folder: Path, group: Group, stop: StopAsked) -> None:
+    """One process's part of a fit at one learning rate; see `pipeline.training.launch.Job`.
+
+    Raises:
+        DataError, ModelError, Stopped, TrainingError: see `pipeline.training.loop.train`.
+    """
+    told = json.loads(task)
+    job, make = importlib.import_module(told["stage"]).unpack(told["plan"])
+    _fit_here(job, told["rate"], make, folder, told["label"], stop, group)
+
+
+def _fit_one(job: Fit, rate: float, make: Make, folder: Path, label: str) -> dict[str, Any]:
+    launch = job.training.launch
+    if launch.processes == 1:
+        forget(folder)
+        with stop_on_sigterm() as stop:
+            return _fit_here(job, rate, make, folder, label, stop, None)
+    division = read_division(launch.strategy, launch.config, "train.launch")
+    task = json.dumps({"stage": job.stage, "plan": job.plan, "rate": rate, "label": label})
+    run_processes(__name__, task, folder, launch.processes, division, label)
+    counts: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return counts
+
+
+def _fit_here(
+    job: Fit, rate: float, make: Make, folder: Path, label: str, stop: StopAsked, group: Group | None
+) -> dict[str, Any]:
     subject = make(_base_model(job))
-    student = subject.student
+    first, divided = group is None or group.first, group is not None and group.division is not None
+
+    def whole() -> Subject:
+        return _gathered(job, subject, make) if divided else subject
 
     def save_model(target: Path) -> None:
-        if job.training.lora is None:
-            student.model.save_pretrained(target)
-        else:
-            lora.save_adapter(student.model, target)
-        subject.tokenizer.save_pretrained(target)
+        model = whole().student.model
+        if first:
+            _save(job, model, subject.tokenizer, target)
 
     with contextlib.ExitStack() as bars:
 
@@ -148,13 +214,30 @@ def _fit_one(job: Fit, rate: float, make: Callable[[PreTrainedModel], Subject], 
             return lambda step, metrics: advance(1, f"loss {metrics['train/loss']:.3f}")
 
         summary = train(
-            student, subject.teacher, subject.objective, job.rows, _settings(job, rate, student.model.device),
-            pad_token_id=pad_id(subject.tokenizer), folder=folder, validate=lambda: _validate(job, subject), watch=watch,
-            save_model=save_model, sampler=_sampler(job, subject),
+            subject.student, subject.teacher, subject.objective, job.rows, _settings(job, rate, subject.student.model.device),
+            pad_token_id=pad_id(subject.tokenizer), folder=folder, validate=lambda: _validate(job, whole(), group),
+            watch=watch, save_model=save_model, sampler=_sampler(job, subject), stop=stop, group=group,
         )  # fmt: skip
     counts = {**asdict(summary), "learning_rate": rate}
-    write_text_atomically(folder / SUMMARY, json.dumps(counts))
+    if first:
+        write_text_atomically(folder / SUMMARY, json.dumps(counts))
     return counts
+
+
+def _gathered(job: Fit, subject: Subject, make: Make) -> Subject:
+    """A copy of a student that processes share, with whole weights; all of them must call it."""
+    weights = state_of(subject.student.model)
+    copy = make(_base_model(job))
+    copy.student.model.load_state_dict(weights, strict=False)  # tied parameters are there once
+    return copy
+
+
+def _save(job: Fit, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+    if job.training.lora is None:
+        model.save_pretrained(target)
+    else:
+        lora.save_adapter(model, target)
+    tokenizer.save_pretrained(target)
 
 
 def _base_model(job: Fit) -> PreTrainedModel:
@@ -165,6 +248,10 @@ def _base_model(job: Fit) -> PreTrainedModel:
             model, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, targets=adapter.target_modules,
             seed=job.seed,
         )  # fmt: skip
+    if job.training.gradient_checkpointing:
+        # Newer releases of transformers give it another name and warn of the old one.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 
@@ -203,7 +290,7 @@ def _sampler(job: Fit, subject: Subject) -> _OwnSamples | None:
     return None if job.on_policy is None else _OwnSamples(job, job.on_policy, subject)
 
 
-def _candidate(job: Fit, rate: float, make: Callable[[PreTrainedModel], Subject], folder: Path) -> dict[str, Any]:
+def _candidate(job: Fit, rate: float, make: Make, folder: Path) -> dict[str, Any]:
     """One learning rate's outcome; a rate at which training breaks down is a result of the search, not its end."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / SUMMARY).exists():
@@ -211,6 +298,8 @@ def _candidate(job: Fit, rate: float, make: Callable[[PreTrainedModel], Subject]
         return found
     try:
         counts = _fit_one(job, rate, make, folder, f"{job.label}, learning rate {rate:g}")
+    except ProcessLost:
+        raise
     except TrainingError as error:
         log.warning("%s, learning rate %g: %s", job.label, rate, error)
         counts = {"learning_rate": rate, "failed": str(error)}
@@ -266,15 +355,29 @@ def _settings(job: Fit, rate: float, device: torch.device) -> Settings:
     )
 
 
-def _validate(job: Fit, subject: Subject) -> dict[str, float]:
+def _validate(job: Fit, subject: Subject, group: Group | None) -> dict[str, float]:
+    """Scores on the dev rows; several processes divide them."""
     validation, student, tokenizer = job.validation, subject.student, subject.tokenizer
+    student.model.eval()
     rows = read_encoded(job.prepared / DEV)
-    chosen = [rows[i] for i in range(min(validation.rows or len(rows), len(rows)))]
-    scores = {"dev/loss": dev_loss(student.model, student.lens, chosen, validation.batch_size, pad_id(tokenizer))}
+    share = Share() if group is None else Share(group.rank, group.size)
+    chosen = [rows[i] for i in share.of(range(min(validation.rows or len(rows), len(rows))))]
+    tokens = sum(len(row.input_ids) - row.prompt_tokens for row in chosen)
+    loss = dev_loss(student.model, student.lens, chosen, validation.batch_size, pad_id(tokenizer))
+    scores = {"dev/loss": _mean(group, loss, tokens)}
     if validation.select == "rouge_l":
-        prompts = list(read_prompts(job.prepared / DEV_PROMPTS))[: validation.rows]
+        prompts = list(read_prompts(job.prepared / DEV_PROMPTS))[: validation.rows][share.rank :: share.size]
         protocol = DecodingProtocol(**validation.decoding.model_dump())
-        scores["dev/rouge_l"] = dev_rouge(
-            student.model, tokenizer, prompts, protocol, validation.seed, validation.batch_size
-        )  # fmt: skip
+        rouge = 0.0
+        if prompts:
+            rouge = dev_rouge(student.model, tokenizer, prompts, protocol, validation.seed, validation.batch_size)
+        scores["dev/rouge_l"] = _mean(group, rouge, len(prompts))
     return scores
+
+
+def _mean(group: Group | None, value: float, weight: int) -> float:
+    """The mean over the processes' rows of what each has as the mean over `weight` of its own."""
+    if group is None:
+        return value
+    total, weights = group.sum([value * weight, weight])
+    return total / max(weights, 1)

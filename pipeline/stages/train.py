@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from pipeline.artifacts import Artifact
 from pipeline.config.experiment import Experiment
 from pipeline.config.methods import DistillLens, MethodConfig, SeqKd, Sft, Training, Validation
 from pipeline.data.tokenize import EncodedDataset, read_encoded
+from pipeline.errors import ConfigError
 from pipeline.evaluation.generate import DecodingProtocol
 from pipeline.losses.objective import Objective, new_projection
 from pipeline.models import load
 from pipeline.models.lens import check_vocabulary_sizes, logit_lens
 from pipeline.stages import cache
 from pipeline.stages.cache import CachePlan
-from pipeline.stages.fit import METRICS, Fit, Subject, fit, fit_recipe
+from pipeline.stages.fit import METRICS, Fit, Make, Subject, check_launch, fit, fit_recipe
 from pipeline.stages.import_model import ModelPlan
 from pipeline.stages.objectives import Method, build_objective, planned_objective, reads_all_positions
 from pipeline.stages.place import Place, build, place
@@ -92,14 +95,19 @@ class TrainPlan:
         )  # fmt: skip
 
 
+_PLANS = TypeAdapter(TrainPlan)
+
+
 def plan_training(experiment: Experiment, method: str, seed: int, inputs: Inputs, root: Path) -> TrainPlan:
     """Plan one run. Its fingerprint covers this method's settings and no other's.
 
     Raises:
-        ConfigError: a mapped layer does not exist, or the method asks a cache for what no cache holds.
+        ConfigError: a mapped layer does not exist, the method asks a cache for what no cache holds, or several processes
+            cannot train it or not here.
     """
     config = experiment.methods[method]
     alpha, training = experiment.alpha_of(method), experiment.training_of(method)
+    _check_processes(method, config, training)
     uses_teacher = alpha > 0
     states = inputs.cache if uses_teacher and not reads_all_positions(config) else None
     generated = inputs.generations.get(method)
@@ -124,7 +132,27 @@ def plan_training(experiment: Experiment, method: str, seed: int, inputs: Inputs
         states, generated,
     )  # fmt: skip
     planned_objective(plan.as_method())
+    if not where.path.exists():
+        check_launch(training, "train")
     return plan
+
+
+def _check_processes(name: str, config: MethodConfig, training: Training) -> None:
+    """Refuse what several processes would change: rows that share a forward pass, and sampling from a sharded student."""
+    launch = training.launch
+    if launch.processes == 1:
+        return
+    if reads_all_positions(config):
+        where = "lens.mask_layout: official" if isinstance(config, DistillLens) else "features.positions: all"
+        raise ConfigError(
+            f"methods.{name}.{where} depends on which rows share a forward pass, and train.launch.processes "
+            f"{launch.processes} divides them; set one of the two otherwise"
+        )
+    if launch.strategy != "ddp" and getattr(config, "on_policy", None) is not None:
+        raise ConfigError(
+            f"methods.{name}.on_policy samples from the whole student, which no process has with train.launch.strategy "
+            f"{launch.strategy}; set it to ddp, or remove on_policy"
+        )
 
 
 def run(plan: TrainPlan, follow: Callable[[Path], Any] | None = None) -> Artifact:
@@ -135,34 +163,47 @@ def run(plan: TrainPlan, follow: Callable[[Path], Any] | None = None) -> Artifac
         follow: told the path of metrics.jsonl before training starts (a tracker reads it from there).
 
     Raises:
-        DataError, ModelError, TrainingError: see `pipeline.training.loop.train`.
+        DataError, ModelError, Stopped, TrainingError: see `pipeline.stages.fit.fit`.
     """
 
     def work(folder: Path) -> Mapping[str, Any]:
-        device = choose_device()
-        student_folder = plan.student.place.open().path
-        objective = build_objective(plan.as_method(), read_provenance(student_folder))
-        teacher = cache.open_teacher(plan.cache, plan.teacher, device) if objective.needs_teacher else None
-        tokenizer = load.load_tokenizer(student_folder)
-
-        def subject(model: PreTrainedModel) -> Subject:
-            common = None if teacher is None else common_vocabulary(teacher.lens.head.size, model, len(tokenizer))
-            projection = _projection(plan, objective, model.config.hidden_size, plan.teacher.config().hidden_size)
-            student = Student(model, logit_lens(model, common), None if projection is None else projection.to(device))
-            return Subject(student, None if teacher is None else narrowed(teacher, common), objective, tokenizer)
-
         if follow is not None:
             follow(folder / METRICS)
-        prepared = plan.data.place.open().path
-        rows = training_rows(plan)
-        training = _equal_steps(plan.training, len(read_encoded(prepared / TRAIN)))
-        job = Fit(
-            plan.place.label, plan.seed, training, plan.validation, student_folder, rows, prepared,
-            plan.data.config.max_tokens, _on_policy(plan),
-        )  # fmt: skip
-        return fit(job, subject, folder)
+        return fit(*_fit_of(plan), folder)
 
     return build(plan.place, work)
+
+
+def unpack(plan: str) -> tuple[Fit, Make]:
+    """What a run trains and how, from its plan as JSON; for processes that train together."""
+    return _fit_of(_PLANS.validate_json(plan))
+
+
+def _fit_of(plan: TrainPlan) -> tuple[Fit, Make]:
+    device = choose_device()
+    student_folder = plan.student.place.open().path
+    objective = build_objective(plan.as_method(), read_provenance(student_folder))
+    tokenizer = load.load_tokenizer(student_folder)
+
+    @functools.cache
+    def teacher() -> Teacher | None:
+        return cache.open_teacher(plan.cache, plan.teacher, device) if objective.needs_teacher else None
+
+    def subject(model: PreTrainedModel) -> Subject:
+        asked = teacher()
+        common = None if asked is None else common_vocabulary(asked.lens.head.size, model, len(tokenizer))
+        projection = _projection(plan, objective, model.config.hidden_size, plan.teacher.config().hidden_size)
+        student = Student(model, logit_lens(model, common), None if projection is None else projection.to(device))
+        return Subject(student, None if asked is None else narrowed(asked, common), objective, tokenizer)
+
+    prepared = plan.data.place.open().path
+    rows = training_rows(plan)
+    training = _equal_steps(plan.training, len(read_encoded(prepared / TRAIN)))
+    job = Fit(
+        plan.place.label, plan.seed, training, plan.validation, student_folder, rows, prepared,
+        plan.data.config.max_tokens, _on_policy(plan), __name__, _PLANS.dump_json(plan).decode(),
+    )  # fmt: skip
+    return job, subject
 
 
 def _on_policy(plan: TrainPlan) -> OnPolicy | None:

@@ -1,10 +1,15 @@
-"""Exact resume: everything that the rest of a run depends on, in safetensors and JSON, swapped in atomically."""
+"""Exact resume: everything that the rest of a run depends on, in safetensors and JSON, swapped in atomically.
+
+Weights and optimiser state are whole, however many processes share them: what N processes wrote, M can go on from.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +21,14 @@ from torch import Tensor
 
 from pipeline.artifacts import write_text_atomically
 from pipeline.errors import ArtifactError
+from pipeline.training.sharded import like, whole
 from pipeline.training.step import Student
+from pipeline.training.zero import ZeroOptimizer
 
 _STATE, _MODEL, _PROJECTION, _OPTIMIZER, _RNG = (
     "state.json", "model.safetensors", "projection.safetensors", "optimizer.safetensors", "rng.safetensors",
 )  # fmt: skip
+Optimizer = torch.optim.Optimizer | ZeroOptimizer
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Progress:
         seconds: training time so far, without validation.
         best_step: step of the best validation, None before the first.
         best_value: its value of the selection metric.
+        due: whether the validation of `step` is still to be done: training was stopped before it.
     """
 
     step: int = 0
@@ -40,17 +49,25 @@ class Progress:
     seconds: float = 0.0
     best_step: int | None = None
     best_value: float | None = None
+    due: bool = False
 
 
-def save(folder: Path, student: Student, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write a checkpoint beside the last one and swap them; a kill at any moment leaves one that is whole."""
+def save(folder: Path, student: Student, optimizer: Optimizer, progress: Progress, writes: bool = True) -> None:
+    """Write a checkpoint beside the last one and swap them; a kill at any moment leaves one that is whole.
+
+    With several processes all must call it, to put sharded tensors together, and one `writes`.
+    """
+    weights = state_of(student.model)
+    projection = {} if student.projection is None else state_of(student.projection)
+    tensors, scalars = _optimizer_state(optimizer)
+    if not writes:
+        return
     fresh = folder.with_name(folder.name + ".fresh")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save_file(_weights(student.model), fresh / _MODEL)
-    if student.projection is not None:
-        save_file(dict(student.projection.state_dict()), fresh / _PROJECTION)
-    tensors, scalars = _optimizer_state(optimizer)
+    save_file(weights, fresh / _MODEL)
+    if projection:
+        save_file(projection, fresh / _PROJECTION)
     save_file(tensors, fresh / _OPTIMIZER)
     save_file(_rng_state(), fresh / _RNG)
     write_text_atomically(fresh / _STATE, json.dumps({"progress": asdict(progress), "optimizer": scalars}))
@@ -62,25 +79,54 @@ def save(folder: Path, student: Student, optimizer: torch.optim.Optimizer, progr
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: Path, student: Student, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Restore a checkpoint into student, optimiser and random generators; None if there is none.
+def load_weights(folder: Path, student: Student) -> None:
+    """Restore the student, which no other process shares yet, from a checkpoint if there is one.
 
     Raises:
         ArtifactError: the checkpoint is damaged.
     """
-    folder = _surviving(folder)
-    if not folder.exists():
-        return None
-    try:
-        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        student.model.load_state_dict(load_file(folder / _MODEL), strict=False)
+    with _reading(folder) as found:
+        if found is None:
+            return
+        student.model.load_state_dict(load_file(found / _MODEL), strict=False)
         if student.projection is not None:
-            student.projection.load_state_dict(load_file(folder / _PROJECTION))
-        _restore_optimizer(optimizer, load_file(folder / _OPTIMIZER), state["optimizer"])
-        _restore_rng(load_file(folder / _RNG))
+            student.projection.load_state_dict(load_file(found / _PROJECTION))
+
+
+def load_state(folder: Path, optimizer: Optimizer) -> Progress | None:
+    """Restore optimiser and random generators from a checkpoint; None if there is none.
+
+    Raises:
+        ArtifactError: the checkpoint is damaged.
+    """
+    with _reading(folder) as found:
+        if found is None:
+            return None
+        state = json.loads((found / _STATE).read_text(encoding="utf-8"))
+        _restore_optimizer(optimizer, load_file(found / _OPTIMIZER), state["optimizer"])
+        _restore_rng(load_file(found / _RNG))
         return Progress(**state["progress"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"{folder}: damaged checkpoint ({error}); remove the folder to train from the start") from None
+
+
+def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """State dict of whole tensors without the second name of tied parameters; see `save` for several processes."""
+    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    state = module.state_dict(keep_vars=True)
+    return {name: whole(tensor).detach().contiguous() for name, tensor in state.items() if name in names}
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[Path | None]:
+    """The checkpoint to read, None if there is none.
+
+    Raises:
+        ArtifactError: reading it fails.
+    """
+    found = _surviving(folder)
+    try:
+        yield found if found.exists() else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{found}: damaged checkpoint ({error}); remove the folder to train from the start") from None
 
 
 def _surviving(folder: Path) -> Path:
@@ -89,35 +135,30 @@ def _surviving(folder: Path) -> Path:
     return old if not folder.exists() and old.exists() else folder
 
 
-def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """State dict without the second name of tied parameters."""
-    seen: set[int] = set()
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            weights[name] = tensor.contiguous()
-    return weights
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by "index.name", and the scalars beside them."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.contiguous()
+                tensors[f"{index}.{name}"] = whole(value).contiguous()
             elif value is not None:
                 scalars[f"{index}.{name}"] = value
     return tensors, scalars
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **scalars}.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
+    if isinstance(optimizer, ZeroOptimizer):
+        optimizer.load_state_dict({"state": state})
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state.items():
+        values.update({name: like(value, parameters[number]) for name, value in values.items() if isinstance(value, Tensor)})
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

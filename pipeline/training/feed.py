@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
 from pipeline.data.batching import epoch_batches, micro_batches
-from pipeline.data.collate import Batch, collate
+from pipeline.data.collate import IGNORE_INDEX, Batch, collate
 from pipeline.data.examples import EncodedExample
 from pipeline.teacher.signal import TeacherSignal, TeacherSource
 
@@ -46,15 +46,38 @@ class StepInput:
 
     Attributes:
         step: counted from 0.
-        micro_batches: its rows, on the training device.
+        micro_batches: its rows, on the training device; with several processes this one's share of them.
         signals: the teacher's states of each micro-batch; None asks the teacher when they are needed.
         sampled: whether a sampler wrote the responses.
+        indices: the rows of the whole step.
     """
 
     step: int
     micro_batches: tuple[Batch, ...]
     signals: tuple[TeacherSignal, ...] | None
     sampled: bool = False
+    indices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a step a process takes: every `size`-th, since neighbours have similar lengths.
+
+    Attributes:
+        rank: of this process, counted from 0.
+        size: number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, rows: Sequence[int]) -> list[int]:
+        """This process's rows; none where there are fewer rows than processes."""
+        return list(rows[self.rank :: self.size])
+
+    def rounds(self, rows: int, micro_batch_size: int) -> int:
+        """Micro-batches that every process makes of a step of `rows` rows: as many as the first, whose share is the largest."""
+        return math.ceil(math.ceil(rows / self.size) / micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -96,6 +119,7 @@ def feed(
     source: TeacherSource | None,
     layers: Sequence[int],
     sampler: Sampler | None = None,
+    share: Share = Share(),  # noqa: B008
 ) -> Iterator[StepInput]:
     """Inputs of the steps from `first` on; while a step computes, a thread collates and reads the next one's.
 
@@ -108,24 +132,30 @@ def feed(
         source: the teacher, None without one. Its signals are read ahead only if it says that this is sound.
         layers: teacher layers that will be asked for.
         sampler: writes the responses of some steps, each when it is due and not ahead: it depends on the steps before.
+        share: this process's part of every step. Where another process makes more micro-batches, blank ones follow (a row
+            without response tokens): all processes make equally many passes.
 
     Raises:
         CacheMismatchError: the cache lacks what a step needs; raised when that step is due.
     """
     reads = source if source is not None and source.reads_ahead else None
 
-    def assemble(step: int, examples: Sequence[EncodedExample], sampled: bool) -> StepInput:
+    def assemble(step: int, indices: list[int], examples: Sequence[EncodedExample], sampled: bool) -> StepInput:
         cut = micro_batches(range(len(examples)), order.micro_batch_size)
-        parts = tuple(collate([examples[i] for i in part], pad_token_id).to(device) for part in cut)
+        parts = [collate([examples[i] for i in part], pad_token_id).to(device) for part in cut]
+        missing = share.rounds(len(indices), order.micro_batch_size) - len(parts)
+        if missing:
+            parts += [collate([rows[indices[0]]], pad_token_id).to(device)] * missing
         signals = None if reads is None else tuple(reads.signal(part, layers) for part in parts)
-        return StepInput(step, parts, signals, sampled)
+        given = len(parts) - missing
+        return StepInput(step, (*parts[:given], *map(blank, parts[given:])), signals, sampled, tuple(indices))
 
     def prepare(step: int, indices: list[int]) -> Callable[[], StepInput]:
         """What is left to do when the step is due."""
-        examples = [rows[i] for i in indices]
+        examples = [rows[i] for i in share.of(indices)]
         if sampler is not None and sampler.takes(step):
-            return lambda: assemble(step, sampler.write(step, examples), sampled=True)
-        ready = assemble(step, examples, sampled=False)
+            return lambda: assemble(step, indices, sampler.write(step, examples) if examples else (), sampled=True)
+        ready = assemble(step, indices, examples, sampled=False)
         return lambda: ready
 
     with ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:
@@ -136,3 +166,13 @@ def feed(
                 yield due.result()()
         if upcoming is not None:
             yield upcoming.result()()
+
+
+def blank(batch: Batch) -> Batch:
+    """The batch without its response: a pass over it costs time and gives zeros."""
+    return replace(
+        batch,
+        labels=torch.full_like(batch.labels, IGNORE_INDEX),
+        response_positions=batch.response_positions[:0],
+        response_counts=(0,) * len(batch.response_counts),
+    )

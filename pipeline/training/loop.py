@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from pipeline.data.collate import Batch
 from pipeline.errors import DataError, TrainingError
 from pipeline.losses.elementwise import Backend
 from pipeline.losses.objective import Objective, teacher_layers
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Progress
 from pipeline.training.device import peak_memory_gib, reset_peak_memory
-from pipeline.training.feed import Order, Rows, Sampler, StepInput, feed
+from pipeline.training.feed import Order, Rows, Sampler, Share, StepInput, feed
 from pipeline.training.optim import adamw, learning_rate, set_learning_rate
 from pipeline.training.step import Student, Teacher, optimizer_step
+from pipeline.training.stopping import StopAsked, Stopped, never
+
+if TYPE_CHECKING:
+    from pipeline.training.replicas import Group  # brings accelerate, which one process has no use for
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +63,8 @@ class Summary:
         steps: optimiser steps.
         tokens: real input tokens seen.
         seconds: training time without validation.
-        peak_memory_gib: highest resident memory of the process (CPU) or allocated memory (CUDA) during the run.
+        peak_memory_gib: highest resident memory of the process (CPU) or allocated memory (CUDA) during the run; of several
+            processes the highest.
         best_step: the step whose weights were kept.
         best_value: its value of the selection metric, None for "last".
     """
@@ -90,6 +96,8 @@ def train(
     save_model: Callable[[Path], None],
     watch: Callable[[int, int], OnStep],
     sampler: Sampler | None = None,
+    stop: StopAsked = never,
+    group: Group | None = None,
 ) -> Summary:
     """Train and leave the selected weights in `folder`/model; go on from `folder`/checkpoint if there is one.
 
@@ -101,32 +109,49 @@ def train(
         settings: budget, optimiser, seeds.
         pad_token_id: any valid token id.
         folder: working folder; gets metrics.jsonl, checkpoint/ and model/.
-        validate: called on the student in evaluation mode.
-        save_model: writes the student into a folder.
+        validate: called on the student in evaluation mode; gives the same scores in every process.
+        save_model: writes the student into a folder; called by every process, to put the student together, the first writes.
         watch: told how many steps are done already and how many there are in all; what it returns is called after each step.
         sampler: writes the responses of some steps itself.
+        stop: asked after each step; once true for any process, a checkpoint is written and training ends.
+        group: the processes that train together, all of them calling this with equal arguments; None is this one alone.
 
     Raises:
         DataError: fewer rows than a batch.
+        Stopped: it was asked to.
         TrainingError: the loss is not finite.
     """
     if settings.batch_size > len(rows):
         raise DataError(f"train.batch_size: {settings.batch_size} rows, but there are only {len(rows)} training rows; lower it")
+    first = group is None or group.first
     per_epoch = math.ceil(len(rows) / settings.batch_size)
     total = total_steps(len(rows), settings.batch_size, settings.epochs, settings.max_steps)
     torch.manual_seed(settings.seed)
-    optimizer = adamw(student.modules, settings.learning_rate, settings.weight_decay, settings.betas)
-    progress = checkpoint.load(folder / "checkpoint", student, optimizer) or Progress()
+    checkpoint.load_weights(folder / "checkpoint", student)
+
+    def make() -> torch.optim.Optimizer:
+        return adamw(student.modules, settings.learning_rate, settings.weight_decay, settings.betas)
+
+    replica = None if group is None else group.attach(student, make, settings.max_grad_norm)
+    optimizer = make() if replica is None else replica.optimizer
+    progress = checkpoint.load_state(folder / "checkpoint", optimizer) or Progress()
     if progress.step:
         log.info("going on from step %d of %d", progress.step, total)
     on_step = watch(progress.step, total)
-    metrics = MetricsLog(folder / "metrics.jsonl")
+    metrics = MetricsLog(folder / "metrics.jsonl", writes=first)
+
+    def save() -> None:
+        checkpoint.save(folder / "checkpoint", student, optimizer, progress, writes=first)
+
     reset_peak_memory(student.model.device)
+    if progress.due:
+        progress = _validate(student, progress, settings.select, validate, save_model, folder, metrics, first)
     order = Order(settings.batch_size, settings.micro_batch_size, settings.seed, total)
     steps = feed(
         rows, order, progress.step, pad_token_id=pad_token_id, device=student.model.device,
         source=teacher.source if teacher else None,
         layers=teacher_layers(objective, teacher.lens.num_layers) if teacher else (), sampler=sampler,
+        share=Share() if group is None else Share(group.rank, group.size),
     )  # fmt: skip
     for started, inputs in _timed(steps):
         step, micro = inputs.step, inputs.micro_batches
@@ -136,6 +161,8 @@ def train(
         )  # fmt: skip
         set_learning_rate(optimizer, rate)
         student.model.train()
+        if group is not None:
+            torch.manual_seed(_own_seed(settings.seed, step, group.rank))
         losses = optimizer_step(
             student,
             teacher,
@@ -147,10 +174,12 @@ def train(
             backend=settings.backend,
             signals=inputs.signals,
             draw=step + (settings.seed << 32),
+            replica=replica,
         )
-        _check_finite(losses, step, micro)
+        tokens = sum(int(part.attention_mask.sum()) for part in micro if sum(part.response_counts))
+        losses, tokens, stopping = _together(group, losses, tokens, stop())
+        _check_finite(losses, inputs, rows)
         seconds = time.perf_counter() - started
-        tokens = sum(int(part.attention_mask.sum()) for part in micro)
         progress = replace(progress, step=step + 1, tokens=progress.tokens + tokens, seconds=progress.seconds + seconds)
         values = {f"train/{name}": value for name, value in losses.items()}
         values |= {"train/learning_rate": rate, "train/tokens_per_second": tokens / seconds}
@@ -158,19 +187,39 @@ def train(
             values["train/on_policy"] = float(inputs.sampled)
         metrics.write(step + 1, values)
         on_step(step + 1, values)
-        if _validates(step + 1, total, per_epoch, settings.validate_every):
-            progress = _validate(student, progress, settings.select, validate, save_model, folder, metrics)
+        due = _validates(step + 1, total, per_epoch, settings.validate_every)
+        if stopping:
+            progress = replace(progress, due=due)
+            save()
+            raise Stopped(f"stopped after step {step + 1} of {total}, with a checkpoint; run the same command again to go on")
+        if due:
+            progress = _validate(student, progress, settings.select, validate, save_model, folder, metrics, first)
         if (step + 1) % settings.checkpoint_every == 0 or step + 1 == total:
-            checkpoint.save(folder / "checkpoint", student, optimizer, progress)
+            save()
     assert progress.best_step is not None  # the last step always validates
+    peak = peak_memory_gib(student.model.device)
     return Summary(
         progress.step,
         progress.tokens,
         progress.seconds,
-        peak_memory_gib(student.model.device),
+        peak if group is None else max(group.gather(peak)),
         progress.best_step,
         progress.best_value,
     )
+
+
+def _together(group: Group | None, losses: dict[str, float], tokens: int, stopping: bool) -> tuple[dict[str, float], int, bool]:
+    """A step as all processes made it; whether to stop, too, is decided together, so that all do so at the same step."""
+    if group is None:
+        return losses, tokens, stopping
+    shares = {name: value for name, value in losses.items() if name != "grad_norm"}
+    *sums, all_tokens, asked = group.sum([*shares.values(), tokens, stopping])
+    return {**dict(zip(shares, sums, strict=True)), "grad_norm": losses["grad_norm"]}, int(all_tokens), asked > 0
+
+
+def _own_seed(seed: int, step: int, rank: int) -> int:
+    """Of a process's dropout in one step: other masks in every process and step, and no state to keep."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{step}\0{rank}".encode()).digest()[:8], "big")
 
 
 def total_steps(rows: int, batch_size: int, epochs: float | None, max_steps: int | None) -> int:
@@ -182,19 +231,20 @@ class MetricsLog:
     """metrics.jsonl: one line per record, on disk before anything else sees it.
 
     After a resume the steps between the checkpoint and the kill are done again with equal results; their lines are
-    already there and are not written twice, so a reader can ship the file by offset alone.
+    already there and are not written twice, so a reader can ship the file by offset alone. Of several processes one `writes`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._drop_torn_line()
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
+        if writes:
+            self._drop_torn_line()
         records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         self._written = {(record["step"], frozenset(record["metrics"])) for record in records}
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append a record unless this step's is there already."""
         key = (step, frozenset(metrics))
-        if key in self._written:
+        if key in self._written or not self._writes:
             return
         self._written.add(key)
         with self._path.open("a", encoding="utf-8") as stream:
@@ -230,7 +280,9 @@ def _validate(
     save_model: Callable[[Path], None],
     folder: Path,
     metrics: MetricsLog,
+    writes: bool,
 ) -> Progress:
+    progress = replace(progress, due=False)
     student.model.eval()
     scores = validate()
     metrics.write(progress.step, scores)
@@ -238,10 +290,12 @@ def _validate(
     if not better(value, progress.best_value, select):
         return progress
     fresh = folder / "model.fresh"
-    shutil.rmtree(fresh, ignore_errors=True)
+    if writes:
+        shutil.rmtree(fresh, ignore_errors=True)
     save_model(fresh)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    fresh.rename(folder / "model")
+    if writes:
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        fresh.rename(folder / "model")
     return replace(progress, best_step=progress.step, best_value=value)
 
 
@@ -252,11 +306,11 @@ def better(value: float | None, best: float | None, select: str) -> bool:
     return value < best if select == "loss" else value > best
 
 
-def _check_finite(losses: dict[str, float], step: int, batches: Sequence[Batch]) -> None:
+def _check_finite(losses: dict[str, float], inputs: StepInput, rows: Rows) -> None:
     bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
     if bad:
-        ids = [example_id for batch in batches for example_id in batch.example_ids]
+        ids = [rows[index].id for index in inputs.indices]
         raise TrainingError(
-            f"step {step + 1}: {bad} is not finite; rows {ids}. The last good checkpoint is kept; "
+            f"step {inputs.step + 1}: {bad} is not finite; rows {ids}. The last good checkpoint is kept; "
             "lower train.learning_rate or look at these rows, then run again"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,16 @@ def learning_rate(step: int, total: int, *, schedule: str, peak: float, floor: f
     raise ValueError(f"schedule {schedule!r} is none of cosine, linear, constant")
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+class HasGroups(Protocol):
+    """An optimiser, as far as its learning rates go."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups."""
+        ...
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer | HasGroups, value: float) -> None:
     """Use `value` for every parameter group's next step."""
     for group in optimizer.param_groups:
         group["lr"] = value

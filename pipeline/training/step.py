@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,11 @@ from pipeline.losses.elementwise import Backend
 from pipeline.models.lens import LogitLens
 from pipeline.teacher.signal import TeacherSignal, TeacherSource
 from pipeline.training.optim import clip_gradients
+from pipeline.training.sharded import whole
+from pipeline.training.zero import ZeroOptimizer
+
+if TYPE_CHECKING:
+    from pipeline.training.replicas import Replica  # brings accelerate, which one process has no use for
 
 
 @dataclass(frozen=True)
@@ -51,15 +57,16 @@ def optimizer_step(
     teacher: Teacher | None,
     objective: losses.Objective,
     micro_batches: Sequence[Batch],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | ZeroOptimizer,
     *,
     max_grad_norm: float | None,
     autocast: torch.dtype | None,
     backend: Backend = "eager",
     signals: Sequence[TeacherSignal] | None = None,
     draw: int = 0,
+    replica: Replica | None = None,
 ) -> dict[str, float]:
-    """Train on one batch, given as micro-batches; the result does not depend on how it is divided.
+    """Train on one batch, given as micro-batches; the result depends neither on how it is divided nor on the processes.
 
     Args:
         student: trained in place.
@@ -72,31 +79,51 @@ def optimizer_step(
         backend: how the divergences' elementwise part runs.
         signals: the teacher's states of each micro-batch where they were read ahead; None asks the teacher now.
         draw: names this step's random draws (`lens.token_fraction`).
+        replica: the student as it is shared with other processes, of which this one has `micro_batches`; None has them all.
 
     Returns:
-        "loss", "loss_<term>" for each term (nats, mean over the step's response tokens), "grad_norm" before clipping.
+        "loss", "loss_<term>" for each term (nats, mean over the step's response tokens), "grad_norm" before clipping. With
+        several processes the losses are this one's shares, whose sum is the mean; "grad_norm" is that of all.
     """
-    denominator = sum(sum(batch.response_counts) for batch in micro_batches)
+    tokens = sum(sum(batch.response_counts) for batch in micro_batches)
+    denominator = tokens if replica is None else int(replica.group.sum([tokens])[0])
     totals: dict[str, Tensor] = {}
     for index, batch in enumerate(micro_batches):
-        terms = micro_batch_loss(
-            student,
-            teacher,
-            objective,
-            batch,
-            denominator=denominator,
-            autocast=autocast,
-            backend=backend,
-            signal=None if signals is None else signals[index],
-            draw=draw,
-        )
-        terms.total.backward()  # type: ignore[no-untyped-call]
+
+        def loss(trained: Student, index: int = index, batch: Batch = batch) -> losses.Terms:
+            return micro_batch_loss(
+                trained,
+                teacher,
+                objective,
+                batch,
+                denominator=denominator,
+                autocast=autocast,
+                backend=backend,
+                signal=None if signals is None else signals[index],
+                draw=draw,
+            )
+
+        if replica is None:
+            terms = loss(student)
+            terms.total.backward()  # type: ignore[no-untyped-call]
+        else:
+            terms = replica.backward(loss, last=index == len(micro_batches) - 1)
         for name, value in {"loss": terms.total.detach(), **{f"loss_{k}": v for k, v in terms.parts.items()}}.items():
             totals[name] = totals[name] + value if name in totals else value
-    norm = clip_gradients(student.modules, max_grad_norm)
+    if replica is None:
+        assert isinstance(optimizer, torch.optim.Optimizer)  # ZeRO's belongs to a replica
+        norm = update(student, optimizer, max_grad_norm)
+    else:
+        norm = replica.update()
+    return {**{name: float(value) for name, value in totals.items()}, "grad_norm": float(norm)}
+
+
+def update(student: Student, optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tensor:
+    """Clip the gradients, step and clear them; returns their norm before clipping."""
+    norm = whole(clip_gradients(student.modules, max_grad_norm))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {**{name: float(value) for name, value in totals.items()}, "grad_norm": float(norm)}
+    return norm
 
 
 def micro_batch_loss(

@@ -20,6 +20,7 @@ from pipeline.teacher.online import OnlineTeacher
 from pipeline.training.loop import MetricsLog, OnStep, Settings, Summary, total_steps, train
 from pipeline.training.optim import adamw, learning_rate
 from pipeline.training.step import Student, Teacher
+from pipeline.training.stopping import Stopped
 
 SETTINGS = Settings(
     seed=3,
@@ -78,9 +79,11 @@ def run(
     stop_at: int | None = None,
     scores: list[float] | None = None,
     watched: list[tuple[int, int]] | None = None,
+    asked_at: int | None = None,
 ) -> tuple[Summary, Student]:
     trained = trained or student(objective)
     remaining = list(scores or [])
+    asked: list[int] = []
 
     def watch(done: int, total: int) -> OnStep:
         if watched is not None:
@@ -89,6 +92,8 @@ def run(
         def on_step(step: int, metrics: dict[str, float]) -> None:
             if step == stop_at:
                 raise KeyboardInterrupt
+            if asked_at is not None and step + 1 == asked_at:
+                asked.append(step)
 
         return on_step
 
@@ -107,6 +112,7 @@ def run(
         validate=validate,
         watch=watch,
         save_model=lambda target: trained.model.save_pretrained(target),
+        stop=lambda: bool(asked),
     )
     return summary, trained
 
@@ -141,6 +147,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, name: str, st
         return [(r["step"], {k: v for k, v in r["metrics"].items() if "per_second" not in k}) for r in records(folder)]
 
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("asked_at", [2, 3, 5, 6])
+def test_a_run_asked_to_stop_ends_after_its_step_and_goes_on_as_if_it_never_had(tmp_path: Path, asked_at: int) -> None:
+    """Steps 3 and 6 end with a validation, which a stop puts off to the next run."""
+    objective = OBJECTIVES["distilllens"]
+    whole, first = run(tmp_path / "whole", objective, trained=student(objective, dropout=0.1), scores=[2.0, 3.0])
+    with pytest.raises(Stopped, match=f"after step {asked_at} of 6, with a checkpoint") as stopped:
+        run(tmp_path / "cut", objective, trained=student(objective, dropout=0.1), asked_at=asked_at, scores=[2.0, 3.0])
+    assert stopped.value.exit_code == 143
+    assert [r["step"] for r in records(tmp_path / "cut") if "train/loss" in r["metrics"]] == list(range(1, asked_at + 1))
+    assert [r["step"] for r in records(tmp_path / "cut") if "dev/loss" in r["metrics"]] == ([3] if asked_at > 3 else [])
+    torch.manual_seed(99)
+    watched: list[tuple[int, int]] = []
+    left = [3.0] if asked_at > 3 else [2.0, 3.0]
+    resumed, second = run(
+        tmp_path / "cut", objective, trained=student(objective, dropout=0.1), scores=left, watched=watched
+    )  # fmt: skip
+    assert watched == [(asked_at, 6)]
+    assert torch.equal(weights(first), weights(second))
+    assert (
+        (whole.steps, whole.tokens, whole.best_step)
+        == (resumed.steps, resumed.tokens, resumed.best_step)
+        == (6, whole.tokens, 3)
+    )
+    assert [r["step"] for r in records(tmp_path / "cut") if "dev/loss" in r["metrics"]] == [3, 6]
 
 
 def test_a_watcher_is_told_where_a_resumed_run_begins(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Work in a process of its own: a log file, a time limit, and no process left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+GRACE_SECONDS = 4.0
+"""Between the request to stop and the end by force: time for a checkpoint."""
+_POLL_SECONDS = 0.1
+_PARENT = "DISTILLLENS_PARENT"
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended.
+
+    Attributes:
+        code: its exit code, negative for a signal.
+        seconds: wall time.
+        timed_out: it was stopped at its time limit.
+        stopped: it was stopped on request.
+    """
+
+    code: int
+    seconds: float
+    timed_out: bool
+    stopped: bool
+
+
+def run_process(
+    arguments: Sequence[str], log: Path, environment: Mapping[str, str], time_limit: float | None, stop: threading.Event
+) -> Outcome:
+    """Run a command in a process group of its own and wait for it; afterwards nothing of the group is left.
+
+    Args:
+        arguments: the command.
+        log: gets its standard output and error, after what is there.
+        environment: variables beside those of this process.
+        time_limit: seconds, None for no limit.
+        stop: set by another thread to end it early.
+    """
+    started = time.monotonic()
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **environment, _PARENT: str(os.getpid())},
+        )  # fmt: skip
+    timed_out = stopped = False
+    try:
+        while process.poll() is None:
+            stopped = stop.is_set()
+            timed_out = not stopped and time_limit is not None and time.monotonic() - started > time_limit
+            if stopped or timed_out:
+                _end(process)
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_SECONDS)
+    except BaseException:
+        _end(process)
+        raise
+    finally:
+        _signal_group(process, signal.SIGKILL)  # what the process itself left behind
+    return Outcome(process.wait(), time.monotonic() - started, timed_out, stopped)
+
+
+def die_with_parent() -> None:
+    """Let this process be asked to stop when the one that started it by `run_process` dies, however it dies (Linux)."""
+    parent = os.environ.get(_PARENT)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it died before the request was made
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    _signal_group(process, signal.SIGTERM)
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    # The group's id is the leader's, and stays taken as long as any member lives.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
