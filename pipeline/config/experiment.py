@@ -60,6 +60,8 @@ class Experiment(Strict):
     """α, the weight of the teacher's terms against the cross-entropy on references; the paper's DistillLens has 1."""
     fair: bool = True
     """Give every method the same α and budget; false lets each set its own, and the comparison lists the differences."""
+    baseline: str | None = None
+    """Method that the report compares the others with; null takes kd if it is there, else the first method."""
     train: Training
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()
@@ -104,6 +106,8 @@ class Experiment(Strict):
                 )
         for name in self.methods:
             _check_search(self.training_of(name), self.validation)
+        if self.baseline is not None and self.baseline not in self.methods:
+            raise ValueError(f"baseline {self.baseline!r} is no method; name one of {', '.join(self.methods)}, or remove it")
         self._on_policy_is_online()
         self._evaluation_is_read()
         held_out = [source for source in self._sources() if getattr(source, "part", None)]

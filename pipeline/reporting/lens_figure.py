@@ -6,23 +6,21 @@ same bytes for the same data.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from matplotlib import colormaps, font_manager, style
+from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.lens_profile import LayerProfile
 from pipeline.evaluation.lens_view import LensCell, LensTable, aligned_layers, layer_name, visible
 from pipeline.models.layers import LayerPair
+from pipeline.reporting.looks import FONT, TITLE_FONT, WIDTH, drawing_style, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,62 +30,13 @@ Profiles = Mapping[str, Sequence[LayerProfile]]
 
 Colour = Literal["probability", "entropy"]
 
-_FONT = "DejaVu Sans"  # comes with matplotlib
 _DPI = 150
-_WIDTH = 9.0
-_TITLE_FONT = 9
 _LEVEL_LABELS = 9
 _PAIRS_LABEL = "student layer → teacher layer"
-_RC = {
-    "font.family": _FONT,
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "axes.titlesize": _TITLE_FONT,
-    "axes.titlelocation": "left",
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "legend.handlelength": 3.0,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    # Names in an SVG are hashes of their content and this, not of a random number.
-    "svg.hashsalt": "distilllens",
-}
 _CELL_INCHES, _MARGIN_INCHES, _ROW_INCHES = 0.44, 1.9, 0.175
 _CELL_FONT = 7
 _COLOURS = "Blues"
 _SEED = re.compile(r" s\d+$")
-
-
-@dataclass(frozen=True)
-class _Look:
-    colour: str
-    marker: str
-    dashes: str = "-"
-
-
-# A method keeps its look whichever others are there; a mixture is dashed in the colour of what it mixes.
-_LOOKS = {
-    "untrained": _Look("#767676", "x", ":"),
-    "sft": _Look("#000000", "s"),
-    "seqkd": _Look("#000000", "D", "--"),
-    "kd": _Look("#0072B2", "^"),
-    "fkl_rkl": _Look("#0072B2", "P", "--"),
-    "rkl": _Look("#56B4E9", "v"),
-    "jsd": _Look("#009E73", "<"),
-    "akl": _Look("#009E73", ">", "--"),
-    "mse": _Look("#CC79A7", "*"),
-    "distilllens": _Look("#D55E00", "o"),
-}
-_OTHER_LOOKS = [
-    _Look(colour, marker, dashes)
-    for dashes in ("-", "--", "-.")
-    for colour, marker in (("#E69F00", "h"), ("#8C6D31", "s"), ("#4B3F8F", "^"), ("#B22222", "v"))
-]
 
 
 def divergence_figure(profiles: Profiles) -> Figure:
@@ -98,8 +47,8 @@ def divergence_figure(profiles: Profiles) -> Figure:
     Raises:
         ValueError: there is nothing to draw.
     """
-    with _style():
-        figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
+    with drawing_style():
+        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
         axes = figure.add_subplot()
         _draw_lines(axes, profiles, lambda layer: layer.jsd)
         axes.set_title("Jensen–Shannon divergence to the teacher, nats (0 = same distribution, log 2 ≈ 0.69 = no common token)")
@@ -123,8 +72,8 @@ def confidence_figure(profiles: Profiles) -> Figure:
         ("student's probability mass where c > 2", lambda layer: layer.over_confident_mass),
         ("teacher's probability mass where c < ½", lambda layer: layer.under_confident_mass),
     ]
-    with _style():
-        figure = Figure(figsize=(_WIDTH, 6.2), layout="constrained")
+    with drawing_style():
+        figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
         grid = figure.subplots(2, 2, sharex=True, sharey="row")
         for axes, (title, measure) in zip(grid.flat, panels, strict=True):
             _draw_lines(axes, profiles, measure)
@@ -158,16 +107,16 @@ def heat_map(
         colour: probability of the top token, 0–1, or entropy of the distribution, 0 to log V nats.
     """
     layers, columns = max(teacher.num_layers, student.num_layers), len(teacher.positions)
-    cell = max(_CELL_INCHES, (_WIDTH - _MARGIN_INCHES) / (2 * columns))
+    cell = max(_CELL_INCHES, (WIDTH - _MARGIN_INCHES) / (2 * columns))
     size = (_MARGIN_INCHES + 2 * columns * cell, 1.4 + _ROW_INCHES * (layers + 1))
-    with _style():
+    with drawing_style():
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(1, 2)
         drawn = (("teacher", teacher, None), ("student", student, teacher))
         for axes, (who, table, beside) in zip(panels, drawn, strict=True):
             mesh = _draw_cells(axes, table, beside, layers, 0.95 * 72 * cell, colour)
             axes.set_ylim(*_depth_limits(layers, min(teacher.num_layers, student.num_layers)))
-            axes.set_title(_fitting(f"{who}: {names[who]}", 72 * cell * columns, _TITLE_FONT), parse_math=False)
+            axes.set_title(_fitting(f"{who}: {names[who]}", 72 * cell * columns, TITLE_FONT), parse_math=False)
         bar = figure.colorbar(mesh, ax=list(panels), fraction=0.03, pad=0.01, aspect=40)
         bar.set_label("probability of the top token" if colour == "probability" else "entropy, nats")
         bar.outline.set_visible(False)
@@ -187,25 +136,19 @@ def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
         Both paths.
     """
     png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
-    with _style():
+    with drawing_style():
         figure.savefig(png, dpi=_DPI, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
     return png, svg
 
 
-@contextlib.contextmanager
-def _style() -> Iterator[None]:
-    # The defaults first: a user's own settings must not change a report.
-    with style.context(["default", _RC], after_reset=True):
-        yield
-
-
 def _draw_lines(axes: Axes, profiles: Profiles, measure: Callable[[LayerProfile], float]) -> None:
     pairs = _pairs(profiles)
     final = {_pair(layer) for layers in profiles.values() for layer in layers if layer.final}
-    looks = itertools.cycle(_OTHER_LOOKS)
-    for name, runs in _by_method(profiles).items():
-        look = _LOOKS.get(name) or next(looks)
+    methods = _by_method(profiles)
+    found_looks = looks(methods)
+    for name, runs in methods.items():
+        look = found_looks[name]
         found = {pair: [measure(layer) for run in runs for layer in run if _pair(layer) == pair] for pair in pairs}
         at = [index for index, pair in enumerate(pairs) if found[pair]]
         values = [found[pairs[index]] for index in at]
@@ -319,4 +262,4 @@ def _width(text: str, size: float, weight: str) -> float:
 
 @cache
 def _font(weight: str) -> Any:
-    return font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=_FONT, weight=weight)))
+    return font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=FONT, weight=weight)))

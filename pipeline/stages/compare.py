@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +10,22 @@ from typing import Any
 from pipeline.artifacts import Artifact, write_text_atomically
 from pipeline.config.experiment import Experiment
 from pipeline.config.methods import TASK_OF_KIND, Metrics, Training
-from pipeline.evaluation.lens_profile import write_profiles
-from pipeline.reporting import render
-from pipeline.reporting.aggregate import METRICS, ResultRow, RunScores, result_rows, table
+from pipeline.errors import ArtifactError
+from pipeline.reporting import examples, exports, render
+from pipeline.reporting.aggregate import AVERAGE, METRICS, ResultRow, RunScores, result_rows, table
 from pipeline.reporting.differences import ABSENT, differences, write_csv
-from pipeline.stages.evaluate import GENERATIONS, EvaluatePlan, read_scores
-from pipeline.stages.lens_profile import LensProfilePlan, read_profile
+from pipeline.reporting.published import published
+from pipeline.stages import report
+from pipeline.stages.evaluate import EvaluatePlan, read_scores
+from pipeline.stages.lens_profile import LensProfilePlan
 from pipeline.stages.measure import MetricPlan, read_metric
 from pipeline.stages.place import Place, build, place
+from pipeline.stages.report import git_commit as git_commit
 from pipeline.stages.train import TrainPlan
 from pipeline.tracking import flatten
 
-VERSION = 2
-_EXAMPLES_PER_BENCHMARK = 2
+VERSION = 3
+_BASELINE = "kd"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Trial:
 
     Attributes:
         method: the method's name, "teacher" or "untrained".
+        variant: what else tells its row from others of the same method, for example "weight=0.5"; empty outside sweeps.
         seed: training seed, None for models that are not trained here.
         train: its training, None for models that are not trained here.
         evaluations: one per benchmark.
@@ -46,29 +48,67 @@ class Trial:
     evaluations: tuple[EvaluatePlan, ...]
     metrics: tuple[MetricPlan, ...] = ()
     profile: LensProfilePlan | None = None
+    variant: str = ""
+
+    @property
+    def places(self) -> list[Place]:
+        """Every artifact of it, training first."""
+        made = (self.train, *self.evaluations, *self.metrics, self.profile)
+        return [plan.place for plan in made if plan is not None]
 
     def finished(self) -> bool:
         """Whether every artifact of it is there."""
-        made = (*self.evaluations, *self.metrics, self.train, self.profile)
-        return all(plan.place.existing() is not None for plan in made if plan is not None)
+        return all(place.existing() is not None for place in self.places)
+
+    @property
+    def row(self) -> str:
+        """Its row in the table; trials of a row differ in their training seed alone."""
+        return f"{self.method} {self.variant}".strip()
 
     @property
     def name(self) -> str:
         """Short name for people: `distilllens s10`."""
-        return self.method if self.seed is None else f"{self.method} s{self.seed}"
+        return self.row if self.seed is None else f"{self.row} s{self.seed}"
 
 
 @dataclass(frozen=True)
 class ComparePlan:
-    """The comparison of an experiment, at RUN_DIR/NAME/comparison."""
+    """The comparison of an experiment, at RUN_DIR/NAME/comparison.
+
+    Attributes:
+        place: the artifact.
+        experiment: its settings.
+        trials: what is compared.
+        baseline: row that the others are compared with, None if nothing was trained.
+        missing_baseline: row that was asked for and has no trial, None if there is none such.
+    """
 
     place: Place
     experiment: Experiment
     trials: tuple[Trial, ...]
+    baseline: str | None = None
+    missing_baseline: str | None = None
+
+    def finished(self) -> bool:
+        """Whether exactly this comparison is there."""
+        try:
+            return self.place.existing() is not None
+        except ArtifactError:
+            return False  # an older comparison is at its place, or a damaged one: it is rebuilt
 
 
-def plan_comparison(experiment: Experiment, trials: Sequence[Trial], root: Path, run_dir: Path) -> ComparePlan:
-    """Plan the comparison; it is rebuilt when any evaluation behind it changes."""
+def plan_comparison(
+    experiment: Experiment, trials: Sequence[Trial], root: Path, run_dir: Path, baseline: str | None = None
+) -> ComparePlan:
+    """Plan the comparison; it is rebuilt when any evaluation behind it changes.
+
+    Args:
+        experiment: its settings.
+        trials: finished or planned trials, at least one.
+        root: artifact root.
+        run_dir: run directory.
+        baseline: row or method that the others are compared with; None takes the experiment's, or kd, or the first method.
+    """
     upstream = {f"{trial.name}/{plan.benchmark.name}": plan.place.fingerprint for trial in trials for plan in trial.evaluations}
     upstream |= {
         f"{trial.name}/{plan.evaluation.benchmark.name}/{plan.name}": plan.place.fingerprint
@@ -76,19 +116,38 @@ def plan_comparison(experiment: Experiment, trials: Sequence[Trial], root: Path,
         for plan in trial.metrics
     }
     upstream |= {f"{trial.name}/lens": trial.profile.place.fingerprint for trial in trials if trial.profile is not None}
-    recipe = {"name": experiment.name, "description": experiment.description, "fair": experiment.fair}
+    asked = baseline or experiment.baseline
+    against = None if asked is None else _row_of(asked, trials)
+    missing = asked if against is None else None
+    if against is None:
+        against = _row_of(_BASELINE, trials) or next((trial.row for trial in trials if trial.train is not None), None)
+    recipe = {
+        "name": experiment.name, "description": experiment.description, "fair": experiment.fair, "baseline": against,
+        "missing_baseline": missing,
+    }  # fmt: skip
     path = run_dir / experiment.name / "comparison"
-    return ComparePlan(place(root, "compare", VERSION, "compare", recipe, upstream, path), experiment, tuple(trials))
+    where = place(root, "compare", VERSION, "compare", recipe, upstream, path)
+    return ComparePlan(where, experiment, tuple(trials), against, missing)
+
+
+def _row_of(name: str, trials: Sequence[Trial]) -> str | None:
+    """The row of that name, or the first row of the method of that name."""
+    rows = [trial.row for trial in trials if trial.row == name]
+    return next(iter(rows or [trial.row for trial in trials if trial.method == name]), None)
 
 
 def run(plan: ComparePlan) -> Artifact:
-    """Write results.csv, differences.csv, table.md, report.html and, where there are lens profiles, their figures."""
+    """Write results.csv and .parquet, differences.csv, table.md and .tex, report.html and figures/."""
 
     def work(folder: Path) -> Mapping[str, Any]:
         rows = result_rows(trial_scores(plan.trials))
         cells = table(rows)
+        evidence = report.evidence(plan.trials, plan.baseline)
+        standings = evidence.standings or {}
         render.write_csv(folder / "results.csv", rows)
-        write_text_atomically(folder / "table.md", render.markdown_table(cells))
+        exports.write_parquet(folder / "results.parquet", rows)
+        write_text_atomically(folder / "table.md", render.markdown_table(cells, standings))
+        write_text_atomically(folder / "table.tex", exports.tex_table(cells, standings))
         settings = method_settings(plan.trials)
         differing = differences(settings)
         write_csv(folder / "differences.csv", differing, list(settings))
@@ -96,15 +155,25 @@ def run(plan: ComparePlan) -> Artifact:
         page = render.Page(
             name=plan.experiment.name,
             description=plan.experiment.description,
+            headline=evidence.headline,
+            standing=render.standing_text(standings.get(AVERAGE)),
+            cells=cells,
             notes=reading_notes(plan),
+            orientation=[trial.row for trial in plan.trials if trial.train is None],
+            standings=standings,
+            published=published(plan.experiment),
+            comparison=evidence.comparison,
             others={metric: table(rows, metric) for metric in extra},
             costs=_costs(plan.trials),
+            shared_costs=report.shared_costs(plan.trials),
             differences=differing,
-            figures=_lens_figures(plan.trials, folder),
-            examples=_examples(plan.trials),
-            provenance=_provenance(plan),
+            figures=report.draw(plan.trials, evidence, rows, folder),
+            examples=report.examples(plan.trials, evidence, plan.baseline),
+            rule=examples.RULE if evidence.comparison else examples.DRAWN_RULE,
+            limits=report.limits(plan.trials, evidence),
+            provenance=report.provenance(plan.trials, plan.place.fingerprint),
         )
-        write_text_atomically(folder / "report.html", render.html_page(cells, page))
+        write_text_atomically(folder / "report.html", render.html_page(page))
         return {"rows": len(rows), "trials": len(plan.trials)}
 
     return build(plan.place, work, replace=True)
@@ -120,50 +189,46 @@ def trial_rows(trial: Trial) -> list[ResultRow]:
     return result_rows(trial_scores([trial]))
 
 
-def _lens_figures(trials: Sequence[Trial], folder: Path) -> list[render.Picture]:
-    """lens_profile.json and its figures, for the trials that have a profile."""
-    profiles = {trial.name: read_profile(trial.profile) for trial in trials if trial.profile is not None}
-    if not profiles:
-        return []
-    from pipeline.reporting import lens_figure
-
-    write_profiles(folder / "lens_profile.json", profiles)
-    drawn = {
-        "lens_divergence": (lens_figure.divergence_figure(profiles), "Divergence to the teacher at every mapped layer"),
-        "lens_confidence": (lens_figure.confidence_figure(profiles), "Over- and under-confidence at every mapped layer"),
-    }
-    return [render.Picture(title, lens_figure.save(figure, folder / name)[1]) for name, (figure, title) in drawn.items()]
-
-
 def method_settings(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
     """Method → every setting that it was trained with and that a method can have of its own, by dotted path."""
     runs: dict[str, list[TrainPlan]] = {}
     for trial in trials:
         if trial.train is not None:
-            runs.setdefault(trial.method, []).append(trial.train)
+            runs.setdefault(trial.row, []).append(trial.train)
     return {method: {**_settings(plans[0]), **_found_rates(plans)} for method, plans in runs.items()}
 
 
 def reading_notes(plan: ComparePlan) -> list[str]:
     """How to read the table: what the numbers are, what the deviations are over, what was equal."""
-    training = plan.experiment.train
     protocols = list(dict.fromkeys(_decoding_text(evaluation) for evaluation in plan.trials[0].evaluations))
     how = protocols[0] if len(protocols) == 1 else "decoded by each benchmark's own protocol, stored with its scores"
-    deviation = (
-        f"± is the standard deviation over {len(training.seeds)} training seeds."
-        if len(training.seeds) > 1
-        else "One training seed: ± in brackets is the standard deviation over decoding seeds of one checkpoint, "
-        "which says nothing about the variance of training."
-    )
+    trained = _training_notes(plan) if any(trial.train is not None for trial in plan.trials) else []
     return [
         f"ROUGE-L F (0–100, higher is better), {how}; avg is the mean over benchmarks.",
-        deviation,
+        *trained,
+        *_metric_notes(plan.experiment.evaluation.metrics),
+        "teacher and untrained (the student before training) are there for orientation.",
+        *_baseline_notes(plan),
+    ]
+
+
+def _training_notes(plan: ComparePlan) -> list[str]:
+    training = plan.experiment.train
+    return [
+        f"± is the standard deviation over {len(training.seeds)} training seeds."
+        if len(training.seeds) > 1
+        else "One training seed: the deviation beside a score is over decoding seeds of one checkpoint, "
+        "which says nothing about the variance of training.",
         f"Every trained row had {_budget(training)} and the same data order{_other_order(plan)}."
         if plan.experiment.fair
         else "Methods have budgets of their own (fair: false); the report lists every setting in which they differ.",
-        *_metric_notes(plan.experiment.evaluation.metrics),
-        "teacher and untrained (the student before training) are there for orientation.",
     ]
+
+
+def _baseline_notes(plan: ComparePlan) -> list[str]:
+    if plan.missing_baseline is None:
+        return []
+    return [f"The baseline {plan.missing_baseline} has no finished trial; methods are compared with {plan.baseline} instead."]
 
 
 def _metric_notes(metrics: Metrics) -> list[str]:
@@ -188,9 +253,7 @@ def _metric_notes(metrics: Metrics) -> list[str]:
 
 def _other_order(plan: ComparePlan) -> str:
     """Batches are made of rows of similar length, so other responses are batched otherwise."""
-    others = dict.fromkeys(
-        trial.method for trial in plan.trials if trial.train is not None and trial.train.generated is not None
-    )
+    others = dict.fromkeys(trial.row for trial in plan.trials if trial.train is not None and trial.train.generated is not None)
     return f" ({', '.join(others)}: in batches by the lengths of the teacher's responses)" if others else ""
 
 
@@ -249,7 +312,7 @@ def _run_scores(trial: Trial, plan: EvaluatePlan) -> RunScores:
     per_seed = {metric: [float(seed[metric]) for seed in scores["per_seed"]] for metric in METRICS}
     measured = {metric.name: read_metric(metric) for metric in trial.metrics if metric.evaluation == plan}
     per_seed |= {name: values for name, values in measured.items() if values}
-    return RunScores(trial.method, trial.seed, plan.benchmark.name, per_seed)
+    return RunScores(trial.row, trial.seed, plan.benchmark.name, per_seed)
 
 
 def _costs(trials: Sequence[Trial]) -> dict[str, dict[str, str]]:
@@ -261,58 +324,10 @@ def _costs(trials: Sequence[Trial]) -> dict[str, dict[str, str]]:
             costs[trial.name] = {
                 "steps": str(counts["steps"]),
                 "training s": f"{counts['seconds']:.0f}",
+                "tokens": f"{counts['tokens']:,}",
                 "tokens/s": f"{counts['tokens'] / max(counts['seconds'], 1e-9):.0f}",
                 "peak GiB": f"{counts['peak_memory_gib']:.1f}",
                 "kept step": str(counts["best_step"]),
                 "learning rate": f"{counts['learning_rate']:g}",
             }
     return costs
-
-
-def _examples(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """The first rows of each benchmark under the first decoding seed: a fixed rule, not a choice."""
-    import pyarrow.parquet as parquet
-
-    examples: list[dict[str, Any]] = []
-    for index, first in enumerate(trials[0].evaluations):
-        tables = [
-            (trial.name, parquet.read_table(trial.evaluations[index].place.path / GENERATIONS).to_pylist()) for trial in trials
-        ]
-        rows = tables[0][1]
-        ids = list(dict.fromkeys(row["id"] for row in rows))[:_EXAMPLES_PER_BENCHMARK]
-        for row_id in ids:
-            shown = [(name, next(row for row in found if row["id"] == row_id)) for name, found in tables]
-            head = shown[0][1]
-            examples.append(
-                {
-                    "benchmark": first.benchmark.name,
-                    "title": head["category"] or row_id,
-                    "prompt": head["prompt"],
-                    "references": head["references"],
-                    "generations": [(name, row["prediction"], row["rouge_l"]) for name, row in shown],
-                }
-            )
-    return examples
-
-
-def _provenance(plan: ComparePlan) -> dict[str, str]:
-    return {
-        "experiment fingerprint": plan.place.fingerprint,
-        "git commit": git_commit() or "not in a git checkout",
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-        **{f"protocol of {e.benchmark.name}": e.protocol_hash for e in plan.trials[0].evaluations},
-        **{f"{trial.name}": trial.train.place.fingerprint for trial in plan.trials if trial.train},
-    }
-
-
-def git_commit() -> str | None:
-    """Commit of the code that runs, with "+changes" if the checkout differs from it."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

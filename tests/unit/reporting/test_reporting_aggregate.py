@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.reporting.aggregate import RunScores, result_rows, table
-from pipeline.reporting.differences import Difference
-from pipeline.reporting.render import CSV_COLUMNS, Page, Picture, cell_text, html_page, markdown_table, write_csv
+from pipeline.reporting.render import CSV_COLUMNS, cell_text, markdown_table, write_csv
 
 
 def run(method: str, seed: int | None, benchmark: str, rouge: list[float]) -> RunScores:
@@ -76,21 +75,3 @@ def test_the_csv_has_the_stable_columns(tmp_path: Path) -> None:
 
 def test_the_markdown_table_ends_with_the_average() -> None:
     assert markdown_table(table(result_rows(SCORES))).splitlines()[0] == "| method | a | b | avg |"
-
-
-def test_the_page_escapes_what_a_model_wrote(tmp_path: Path) -> None:
-    example = {
-        "benchmark": "a", "title": "t", "prompt": "p", "references": ["r"],
-        "generations": [("kd s1", "<script>alert(1)</script>", 3.0)],
-    }  # fmt: skip
-    (tmp_path / "f.svg").write_text("<svg/>")
-    picture = Picture("a <figure>", tmp_path / "f.svg")
-    differing = [Difference("alpha", {"kd": "<0.5>"})]
-    judged = table(result_rows([RunScores("<kd>", 1, "a", {"judge": [6.5]})]), "judge")
-    costs = {"kd s1": {"steps": "3"}}
-    page = Page("n", "d", ["note"], {"judge": judged}, costs, differing, [picture], [example], {"commit": "<b>"})
-    text = html_page(table(result_rows(SCORES)), page)
-    assert "<script>" not in text and "&lt;script&gt;alert(1)" in text and "&lt;b&gt;" in text and "&lt;0.5&gt;" in text
-    assert "<h2>judge</h2>" in text and "&lt;kd&gt;" in text and "<td>6.50</td>" in text
-    assert 'src="data:image/svg+xml;base64,PHN2Zy8+" alt="a &lt;figure&gt;"' in text
-    assert "http" not in text  # nothing is fetched from anywhere
