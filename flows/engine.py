@@ -1,16 +1,110 @@
-"""Settings of the embedded Prefect engine; must be applied before prefect is imported."""
+"""The Prefect engine: its settings, which must be applied before prefect is imported, and its server where there is none."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import logging
 import os
+import socket
+import sys
+import threading
 import time
 import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
 
+from pipeline.errors import PipelineError
+from pipeline.processes import run_process
+
 log = logging.getLogger(__name__)
 _RECORDING_SECONDS = 15.0
+_START_SECONDS = 120.0
+_UNTIL_PARENT_DIES = (
+    "from pipeline.processes import die_with_parent as d; d(); import os, sys; os.execv(sys.executable, sys.argv[1:])"
+)
+
+
+class ServerFailed(PipelineError):
+    """The Prefect server did not start."""
+
+    exit_code = 1
+
+
+@contextlib.contextmanager
+def engine(run_dir: Path) -> Iterator[None]:
+    """Prefect for the flows of this process: the user's server, or one of our own for as long as this lasts.
+
+    Prefect would start one too, but that outlives a process that is killed.
+
+    Raises:
+        ServerFailed: our own does not start.
+    """
+    configure_prefect(run_dir)
+    if users_server() is not None:
+        yield
+        return
+    package = importlib.util.find_spec("prefect")  # located, not imported: it reads its settings then
+    assert package is not None and package.submodule_search_locations
+    port = _free_port()
+    command = [
+        sys.executable, "-m", "uvicorn", "--app-dir", str(package.submodule_search_locations[0]), "--factory",
+        "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port), "--log-level", "error",
+    ]  # fmt: skip
+    output = run_dir.resolve() / ".prefect" / "server.log"
+    environment = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
+    address = f"http://127.0.0.1:{port}/api"
+    with server_process(command, environment, address, output):
+        os.environ["PREFECT_API_URL"] = address
+        try:
+            yield
+        finally:
+            del os.environ["PREFECT_API_URL"]
+
+
+@contextlib.contextmanager
+def server_process(command: Sequence[str], environment: dict[str, str], address: str, output: Path) -> Iterator[None]:
+    """A Prefect server that ends with this process, however that ends.
+
+    Args:
+        command: what starts it.
+        environment: variables for it.
+        address: of its API.
+        output: its log.
+
+    Raises:
+        ServerFailed: it does not answer in time.
+    """
+    stop = threading.Event()
+    arguments = ([sys.executable, "-c", _UNTIL_PARENT_DIES, *command], output, environment, None, stop)
+    thread = threading.Thread(target=run_process, args=arguments, name="prefect-server")
+    thread.start()
+    try:
+        _wait_until_healthy(address, thread, output)
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _wait_until_healthy(address: str, thread: threading.Thread, output: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while thread.is_alive() and time.monotonic() < deadline:
+        with contextlib.suppress(urllib.error.URLError, TimeoutError, ConnectionError):
+            if direct.open(f"{address}/health", timeout=2.0).status == 200:
+                return
+        time.sleep(0.2)
+    raise ServerFailed(f"the Prefect server did not start; it says why in {output}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def configure_prefect(run_dir: Path) -> None:

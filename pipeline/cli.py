@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +19,7 @@ from pipeline.errors import ConfigError, PipelineError
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
+    from pipeline.stages.compare import ComparePlan
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -37,6 +42,7 @@ def main() -> None:
     # Threads that spin for long are many times slower beside other processes; threads that never spin take four times as long
     # over short operations. A short spin loses little either way (measured: 20 % alone, 25 % beside a busy process).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("pipeline", "flows"):
         logging.getLogger(name).setLevel(logging.INFO)
@@ -52,6 +58,11 @@ def main() -> None:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130
     sys.exit(code or 0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # As an exception, so that everything that was started is ended too.
+    raise SystemExit(128 + number)
 
 
 @app.callback(invoke_without_command=True)
@@ -70,7 +81,41 @@ def reproduce(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDir
     if not _already_done(plan):
         check_inputs(plan)
         _run_flow(config, overrides, run_dir, "compare")
-    _print_comparison(plan)
+    _print_comparison(plan.comparison, run_dir)
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Sweep file (YAML).")],
+    overrides: SetOption = [],  # noqa: B006
+    run_dir: RunDirOption = RUNS,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the expanded plan, and do nothing.")] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="Accept scores below the last accepted ones.")] = False,
+) -> None:
+    """Run every trial of a sweep in a process of its own and compare; --set changes its base experiment."""
+    from rich.console import Console
+
+    from pipeline.config.loading import load_sweep
+    from pipeline.sweeps.plan import base_settings, check_points, plan_points, plan_sweep_comparison
+    from pipeline.sweeps.points import fixed_points
+    from pipeline.sweeps.table import sweep_table
+
+    settings = load_sweep(config)
+    base = base_settings(settings, overrides)
+    _check_run_dir(run_dir)
+    # Of a search that chooses by results only the untrained models are known.
+    plan = plan_points(settings, base, fixed_points(settings) or [{}], run_dir)
+    Console(stderr=True).print(sweep_table(settings, plan))
+    if dry_run:
+        return
+    comparison = plan_sweep_comparison(settings, base, plan.trials, run_dir)
+    if accept or not (fixed_points(settings) and _is_delivered(comparison, run_dir)):
+        check_points(plan)
+        with _engine(run_dir):
+            from flows.sweep import sweep as flow
+
+            comparison = flow(config=str(config), overrides=overrides, run_dir=str(run_dir), accept=accept).comparison
+    _print_comparison(comparison, run_dir)
 
 
 @app.command()
@@ -111,15 +156,17 @@ def evaluate(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirO
 def compare(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOption = RUNS) -> None:  # noqa: B006
     """Write the comparison of a finished experiment again (`reproduce` does it too)."""
     from pipeline.stages import compare as stage
+    from pipeline.stages.place import obtain
 
     plan = _plan(config, overrides, run_dir)
-    missing = [place.label for place in plan.places() if place.stage == "evaluate" and place.existing() is None]
+    places = [place for trial in plan.trials for place in trial.places]
+    missing = [place.label for place in places if obtain(place) is None]
     if missing:
         raise ConfigError(
-            f"compare: {len(missing)} evaluations are missing, the first is {missing[0]!r}; run `distilllens reproduce` first"
+            f"compare: {len(missing)} artifacts are missing, the first is {missing[0]!r}; run `distilllens reproduce` first"
         )
     stage.run(plan.comparison)
-    _print_comparison(plan)
+    _print_comparison(plan.comparison, run_dir)
 
 
 @app.command()
@@ -160,6 +207,58 @@ def lens(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A training artifact, or the model folder in it.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where the plain transformers folder goes.")],
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", metavar="DIR", help="Where its scores are (default: where it lies).")
+    ] = None,
+) -> None:
+    """Leave a trained student as a plain transformers folder with a model card."""
+    from pipeline.stages.export import export_checkpoint
+
+    folder = export_checkpoint(checkpoint, to, run_dir)
+    print(f"exported to {folder}; its README.md is the model card")
+
+
+@app.command()
+def doctor(run_dir: RunDirOption = RUNS) -> None:
+    """Tell what this machine can do, and what to do about each miss."""
+    from rich.console import Console
+
+    from pipeline.doctor import examine, exit_code, render
+
+    findings = examine(run_dir)
+    Console().print(render(findings))
+    raise typer.Exit(exit_code(findings))
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="File of deployments (YAML).")] = Path("configs/serve.yaml"),
+    run_dir: RunDirOption = RUNS,
+    work_pool: Annotated[
+        str | None, typer.Option("--work-pool", metavar="NAME", help="Leave the runs to this pool's workers.")
+    ] = None,
+    pause: Annotated[str | None, typer.Option("--pause", metavar="DEPLOYMENT", help="Pause its schedule, and end.")] = None,
+    resume: Annotated[str | None, typer.Option("--resume", metavar="DEPLOYMENT", help="Resume its schedule, and end.")] = None,
+) -> None:
+    """Run experiments and sweeps on schedules, with forms in the Prefect UI, until interrupted."""
+    from flows.engine import configure_prefect
+
+    _check_run_dir(run_dir)
+    configure_prefect(run_dir)
+    from flows import serve as service
+
+    for name, paused in ((pause, True), (resume, False)):
+        if name is not None:
+            full = service.set_paused(name, paused, run_dir)
+            print(f"{full}: {'paused' if paused else 'resumed'}")
+    if pause is None and resume is None:
+        service.main(config, run_dir, work_pool)
+
+
+@app.command()
 def ui(run_dir: RunDirOption = RUNS, port: Annotated[int, typer.Option(help="Loopback port.")] = 5000) -> None:
     """Open the MLflow UI on a run directory's store (loopback only)."""
     from pipeline.tracking import configure_mlflow
@@ -185,6 +284,9 @@ def _plan(config: Path, overrides: list[str], run_dir: Path) -> Plan:
 
 
 def _check_run_dir(run_dir: Path) -> None:
+    from pipeline.store import check_store
+
+    check_store()
     existing = run_dir
     while not existing.exists():
         existing = existing.parent
@@ -195,9 +297,13 @@ def _check_run_dir(run_dir: Path) -> None:
 
 
 def _already_done(plan: Plan) -> bool:
+    return _is_delivered(plan.comparison, plan.run_dir)
+
+
+def _is_delivered(comparison: ComparePlan, run_dir: Path) -> bool:
     from pipeline.tracked import is_tracked
 
-    return plan.finished() and is_tracked(plan)
+    return comparison.finished() and is_tracked(comparison, run_dir)
 
 
 def _run_until(stage: str, config: Path, overrides: list[str], run_dir: Path) -> None:
@@ -212,20 +318,26 @@ def _run_until(stage: str, config: Path, overrides: list[str], run_dir: Path) ->
 
 
 def _run_flow(config: Path, overrides: list[str], run_dir: Path, until: str) -> None:
-    from flows.engine import configure_prefect
+    with _engine(run_dir):
+        from flows.reproduce import reproduce as flow
+
+        flow(config=str(config), overrides=overrides, run_dir=str(run_dir), until=until)
+
+
+@contextlib.contextmanager
+def _engine(run_dir: Path) -> Iterator[None]:
+    """The engine; prefect is imported inside of it only."""
+    from flows.engine import engine
 
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--run-dir: {run_dir} cannot be written ({error.strerror}); choose another with --run-dir") from None
-
-    configure_prefect(run_dir)
-    from flows.reproduce import reproduce as flow
-
-    flow(config=str(config), overrides=overrides, run_dir=str(run_dir), until=until)
+    with engine(run_dir):
+        yield
 
 
-def _print_comparison(plan: Plan) -> None:
+def _print_comparison(comparison: ComparePlan, run_dir: Path) -> None:
     from rich.console import Console
 
     from pipeline.reporting.aggregate import result_rows, table
@@ -233,14 +345,14 @@ def _print_comparison(plan: Plan) -> None:
     from pipeline.stages.compare import reading_notes, trial_scores
 
     console = Console()
-    console.print(terminal_table(table(result_rows(trial_scores(plan.comparison.trials))), f"{plan.experiment.name}: ROUGE-L"))
-    for note in reading_notes(plan.comparison):
+    console.print(terminal_table(table(result_rows(trial_scores(comparison.trials))), f"{comparison.experiment.name}: ROUGE-L"))
+    for note in reading_notes(comparison):
         console.print(f"  {note}", style="dim", highlight=False)
     console.print(
-        f"\nreport:  {plan.comparison.place.path / 'report.html'}\ntable:   {plan.comparison.place.path / 'results.csv'}",
+        f"\nreport:  {comparison.place.path / 'report.html'}\ntable:   {comparison.place.path / 'results.csv'}",
         highlight=False,
     )
-    console.print(f"MLflow:  distilllens ui --run-dir {plan.run_dir}", highlight=False)
+    console.print(f"MLflow:  distilllens ui --run-dir {run_dir}", highlight=False)
 
 
 if __name__ == "__main__":

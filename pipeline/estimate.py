@@ -28,7 +28,7 @@ def plan_table(plan: Plan) -> Any:
     grid.add_column("tokens", justify="right")
     tokens = _tokens(plan)
     for place in plan.places():
-        grid.add_row(place.stage, place.label, place.fingerprint, _state(place), tokens.get(place.fingerprint, ""))
+        grid.add_row(place.stage, place.label, place.fingerprint, state_of(place), tokens.get(place.fingerprint, ""))
     grid.caption = "tokens: ≈ estimated from text length until the rows are tokenised; evaluations: at most"
     return grid
 
@@ -100,7 +100,8 @@ def _estimated(rows: RowsPlan) -> tuple[int, int, int]:
     return len(examples), round(prompt + response + _TEMPLATE_TOKENS * len(examples)), round(response)
 
 
-def _state(place: Place) -> str:
+def state_of(place: Place) -> str:
+    """ "done", "cached" or "to do"."""
     if place.stage == "compare":
         from pipeline.artifacts import peek
 

@@ -11,7 +11,7 @@ import yaml
 from pipeline.artifacts import write_text_atomically
 from pipeline.config.experiment import Experiment
 from pipeline.config.methods import SeqKd
-from pipeline.errors import ArtifactError, DataError
+from pipeline.errors import DataError
 from pipeline.models.lens import check_same_tokens, check_vocabulary_sizes
 from pipeline.models.load import has_tokenizer, load_tokenizer
 from pipeline.stages import (
@@ -95,15 +95,17 @@ class Plan:
 
     def write_config(self) -> None:
         """Write it."""
-        self.config_path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.config_path, yaml.safe_dump(self.experiment.model_dump(mode="json"), sort_keys=False))
+        write_config(self.config_path, self.experiment)
 
     def finished(self) -> bool:
         """Whether the comparison of exactly this plan is there."""
-        try:
-            return self.comparison.place.existing() is not None
-        except ArtifactError:
-            return False  # an older comparison is at its place, or a damaged one: it is rebuilt
+        return self.comparison.finished()
+
+
+def write_config(path: Path, experiment: Experiment) -> None:
+    """Write an experiment down as it runs, with includes and overrides applied."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False))
 
 
 def plan_experiment(experiment: Experiment, run_dir: Path) -> Plan:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 from pipeline.artifacts import write_text_atomically
-from pipeline.plan import Plan
+from pipeline.stages.compare import ComparePlan
 
 _FILE = "tracked.json"
 
 
-def is_tracked(plan: Plan) -> bool:
+def is_tracked(comparison: ComparePlan, run_dir: Path) -> bool:
     """Whether exactly this comparison was delivered to the store that is configured now."""
-    path = plan.run_dir / plan.experiment.name / _FILE
     try:
-        return bool(json.loads(path.read_text(encoding="utf-8")) == _facts(plan))
+        content = json.loads(_file(comparison, run_dir).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return False
+    return bool(content == _facts(comparison, run_dir))
 
 
-def mark_tracked(plan: Plan) -> None:
+def mark_tracked(comparison: ComparePlan, run_dir: Path) -> None:
     """Say that it was."""
-    write_text_atomically(plan.run_dir / plan.experiment.name / _FILE, json.dumps(_facts(plan)))
+    write_text_atomically(_file(comparison, run_dir), json.dumps(_facts(comparison, run_dir)))
 
 
-def _facts(plan: Plan) -> dict[str, str]:
-    embedded = f"sqlite:///{plan.run_dir.resolve() / 'mlflow.db'}"
-    return {"comparison": plan.comparison.place.fingerprint, "store": os.environ.get("MLFLOW_TRACKING_URI", embedded)}
+def _file(comparison: ComparePlan, run_dir: Path) -> Path:
+    return run_dir / comparison.experiment.name / _FILE
+
+
+def _facts(comparison: ComparePlan, run_dir: Path) -> dict[str, str]:
+    embedded = f"sqlite:///{run_dir.resolve() / 'mlflow.db'}"
+    return {"comparison": comparison.place.fingerprint, "store": os.environ.get("MLFLOW_TRACKING_URI", embedded)}

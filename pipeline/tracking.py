@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,11 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.artifacts import write_text_atomically
+from pipeline.artifacts import text_digest, write_text_atomically
+from pipeline.errors import PipelineError
+from pipeline.locks import this_process
 
 log = logging.getLogger(__name__)
 _SHIP_SECONDS = 5.0
 _BATCH = 1000  # MLflow's limit for one log_batch call
+_INPUT_ATTEMPTS = 3
+PROCESS = "process"
+"""Tag of a run, and label of a flow run: the process that works on it, as `pipeline.locks.this_process` names it."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +141,8 @@ class MLflowTracker:
     """
 
     def __init__(self, run_dir: Path, experiment: str) -> None:
-        self._state_path = run_dir / experiment / "mlflow_runs.json"
-        self._state: dict[str, Any] = _read_state(self._state_path)
+        self._runs = run_dir / experiment / "mlflow_runs"
+        self._keys: dict[str, str] = {}
         self._followers: dict[str, _Follower] = {}
         self._artifact_root = run_dir.resolve() / "mlartifacts"
         self.failures: list[str] = []
@@ -144,29 +151,31 @@ class MLflowTracker:
         from mlflow import MlflowClient
 
         self._client = MlflowClient(self.uri)
-        if self._state.get("uri") != self.uri:
-            self._state = {"uri": self.uri, "runs": {}, "finished": []}
 
     def start(self, run: RunFacts) -> str:
         """Create the run, or find it again by its key."""
-        known = self._state["runs"].get(run.key)
+        known = self._record(run.key).get("run_id")
         if known is not None and self._still_there(known):
             self._try("go on with a run", lambda: self._client.update_run(known, status="RUNNING"))
+            self._keys[known] = run.key
+            self.set_tags(known, {PROCESS: this_process()})
             return str(known)
         run_id = self._try("start a run", lambda: self._create(run))
         if run_id is None:
             return f"untracked:{run.key}"
-        self._state["runs"][run.key] = run_id
-        self._state_path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self._state_path, json.dumps(self._state, indent=1))
+        self._keys[run_id] = run.key
+        self._write_record(run_id, finished=False)
+        self._try("log settings", lambda: self._log_params(run_id, run.params))
+        if run.inputs:
+            self._try("log data sets", lambda: self._log_inputs(run_id, run.inputs))
         return str(run_id)
 
     def delivered(self, key: str) -> str | None:
         """The id of the run with this key if everything about it was delivered before and the store still has it."""
-        run_id = self._state["runs"].get(key)
-        if run_id is None or run_id not in self._state["finished"] or not self._still_there(run_id):
+        record = self._record(key)
+        if not record.get("finished") or not self._still_there(record["run_id"]):
             return None
-        return str(run_id)
+        return str(record["run_id"])
 
     def follow(self, run_id: str) -> Callable[[Path], None]:
         """Ship a growing metrics.jsonl from a background thread."""
@@ -204,7 +213,7 @@ class MLflowTracker:
         """More labels."""
         from mlflow.entities import RunTag
 
-        entities = [RunTag(name, value) for name, value in tags.items()]
+        entities = [RunTag(_tag_name(name), value) for name, value in tags.items()]
         self._try("set tags", lambda: self._client.log_batch(run_id, tags=entities))
 
     def finish(self, run_id: str, status: str) -> None:
@@ -215,20 +224,46 @@ class MLflowTracker:
         failures = len(self.failures)
         self._try("finish a run", lambda: self._client.set_terminated(run_id, status))
         if status == "FINISHED" and len(self.failures) == failures:
-            if run_id not in self._state["finished"]:
-                self._state["finished"].append(run_id)
-            write_text_atomically(self._state_path, json.dumps(self._state, indent=1))
+            self._write_record(run_id, finished=True)
+
+    def _record(self, key: str) -> dict[str, Any]:
+        """What is remembered of a run in this store: run_id, finished; empty if it is not known there."""
+        path = self._record_path(key)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except json.JSONDecodeError:
+            log.warning("%s is not readable; its run is created anew", path)
+            return {}
+        return record if isinstance(record, dict) and record.get("uri") == self.uri else {}
+
+    def _write_record(self, run_id: str, finished: bool) -> None:
+        key = self._keys[run_id]
+        self._runs.mkdir(parents=True, exist_ok=True)
+        record = {"key": key, "uri": self.uri, "run_id": run_id, "finished": finished}
+        write_text_atomically(self._record_path(key), json.dumps(record))
+
+    def _record_path(self, key: str) -> Path:
+        # A file for each run, so that processes that track different ones never write the same file.
+        return self._runs / f"{text_digest(key)[:16]}.json"
 
     def _create(self, run: RunFacts) -> str:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+        tags = {**{_tag_name(name): value for name, value in run.tags.items()}, PROCESS: this_process()}
+        return str(self._client.create_run(self._experiment(run.experiment), run_name=run.name, tags=tags).info.run_id)
 
-        experiment_id = self._experiment(run.experiment)
-        created = self._client.create_run(experiment_id, run_name=run.name, tags=dict(run.tags))
-        run_id = str(created.info.run_id)
-        params = [Param(name, str(value)[:6000]) for name, value in run.params.items()]
+    def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, str(value)[:6000]) for name, value in values.items()]
         for start in range(0, len(params), 100):  # MLflow's limit for one call
             self._client.log_batch(run_id, params=params[start : start + 100])
-        inputs = [
+
+    def _log_inputs(self, run_id: str, inputs: Sequence[DataInput]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
+
+        entities = [
             DatasetInput(
                 Dataset(
                     name=data.name, digest=data.digest[:36], source_type="local", source=json.dumps({"uri": data.source}),
@@ -236,11 +271,16 @@ class MLflowTracker:
                 ),
                 [InputTag("mlflow.data.context", data.context)],
             )
-            for data in run.inputs
+            for data in inputs
         ]  # fmt: skip
-        if inputs:
-            self._client.log_inputs(run_id, inputs)
-        return run_id
+        for attempt in range(_INPUT_ATTEMPTS):
+            try:
+                return self._client.log_inputs(run_id, entities)
+            except MlflowException:
+                # The store looks for a data set and then adds it: of two processes with a new one, one finds it added before.
+                if attempt == _INPUT_ATTEMPTS - 1:
+                    raise
+                time.sleep(0.2 * (attempt + 1))
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)
@@ -248,7 +288,15 @@ class MLflowTracker:
             return str(found.experiment_id)
         # Through a server the artifact location is the server's business.
         location = (self._artifact_root / name).as_uri() if self.uri.startswith("sqlite:") else None
-        return str(self._client.create_experiment(name, artifact_location=location))
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(self._client.create_experiment(name, artifact_location=location))
+        except MlflowException:
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                raise
+            return str(found.experiment_id)  # another process made it meanwhile
 
     def _still_there(self, run_id: str) -> bool:
         return self._try("find a run", lambda: self._client.get_run(run_id)) is not None
@@ -319,6 +367,7 @@ def configure_mlflow(run_dir: Path) -> str:
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "GIT_PYTHON_REFRESH": "quiet",
         "MLFLOW_TRACKING_URI": f"sqlite:///{run_dir.resolve() / 'mlflow.db'}",
     }
@@ -327,6 +376,11 @@ def configure_mlflow(run_dir: Path) -> str:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     return str(os.environ["MLFLOW_TRACKING_URI"])
+
+
+def _tag_name(name: str) -> str:
+    """A name that MLflow takes: letters, digits and `_-. :/`; "weight=0.5" becomes "weight:0.5"."""
+    return re.sub(r"[^\w\-. :/]", "_", name.replace("=", ":"), flags=re.ASCII)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -346,20 +400,12 @@ def tracked(tracker: Tracker, run_id: str) -> Iterator[None]:
     """Mark the run FAILED or KILLED if the body does not end well; ending it well is left to the caller."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         tracker.finish(run_id, "KILLED")
+        raise
+    except PipelineError as error:
+        tracker.finish(run_id, "KILLED" if error.exit_code == 128 + signal.SIGTERM else "FAILED")
         raise
     except BaseException:
         tracker.finish(run_id, "FAILED")
         raise
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError:
-        log.warning("%s is not readable; runs are created anew", path)
-        return {}
-    return state if isinstance(state, dict) else {}

@@ -8,7 +8,8 @@ from prefect.cache_policies import NO_CACHE
 from pipeline.stages import prepare as stage
 from pipeline.stages.prepare import BenchmarkPlan, TrainingDataPlan
 from pipeline.tracking import Tracker
-from tasks.record import data_input, show_artifact, track_stage
+from pipeline.trial import data_input
+from tasks.record import show_artifact, track_stage
 
 
 @task(task_run_name="{plan.place.label}", cache_policy=NO_CACHE)

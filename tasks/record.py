@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from prefect.artifacts import create_markdown_artifact
 
-from pipeline.artifacts import Artifact, canonical_json, text_digest
+from pipeline.artifacts import Artifact
 from pipeline.stages.place import Place
-from pipeline.stages.prepare import RowsPlan
 from pipeline.tracking import DataInput, RunFacts, Tracker, flatten
 
 
@@ -27,11 +26,6 @@ def show_artifact(place: Place, artifact: Artifact) -> None:
         markdown=f"`{artifact.path}`\n\nfingerprint `{artifact.fingerprint}`, {manifest.seconds:.1f} s\n\n"
         f"| count | value |\n| --- | --- |\n{counts}\n",
     )
-
-
-def data_input(rows: RowsPlan, name: str, count: int, context: str) -> DataInput:
-    """Rows as a tracked data set: the digest covers the file's content and the part that was taken from it."""
-    return DataInput(name, text_digest(canonical_json(rows.identity())), rows.describe(), count, context)
 
 
 def track_stage(tracker: Tracker, experiment: str, place: Place, artifact: Artifact, inputs: Sequence[DataInput] = ()) -> str:

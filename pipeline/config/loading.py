@@ -7,16 +7,23 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.experiment import Experiment
+from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_NODES = 20_000
+"""Keys and values of one file, every alias counted with all that it stands for."""
+_MAX_SCALAR = 100  # characters of a number, date or truth value; reading longer ones takes quadratic time
+_MAX_PROBLEMS = 30
+_INT_BITS = 63
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -29,19 +36,32 @@ def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: anything is wrong; all problems at once.
     """
-    return validate_experiment(apply_overrides(read_yaml(path), overrides), str(path))
+    return validate(Experiment, apply_overrides(read_yaml(path), overrides), str(path))
 
 
-def validate_experiment(raw: Mapping[str, Any], source: str) -> Experiment:
-    """Build the frozen model from plain data.
+def load_sweep(path: Path) -> Sweep:
+    """Read a sweep file; its base experiment is found relative to it.
+
+    Raises:
+        ConfigError: anything is wrong; all problems at once.
+    """
+    sweep = validate(Sweep, read_yaml(path), str(path))
+    return sweep.model_copy(update={"experiment": path.resolve().parent / sweep.experiment})
+
+
+def validate(model: type[Model], raw: Mapping[str, Any], source: str) -> Model:
+    """Build a frozen model from plain data.
 
     Raises:
         ConfigError: one line per problem: dotted path, what is wrong, what is allowed.
     """
     try:
-        return Experiment.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([_problem(item) for item in error.errors()], source) from None
+        problems = [_problem(model, item) for item in error.errors()]
+        more = len(problems) - _MAX_PROBLEMS
+        shown = problems if more <= 0 else [*problems[:_MAX_PROBLEMS], f"and {more} more; mend these first"]
+        raise ConfigError(shown, source) from None
 
 
 def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -50,13 +70,19 @@ def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         ConfigError: not readable, not YAML, not a mapping, too large, or an include that includes itself.
     """
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (ValueError, RuntimeError) as error:  # a NUL byte; links in a circle
+        raise ConfigError(f"no usable path ({error}); give the path of a YAML file", _shown(str(path))) from None
     if path in _including:
-        raise ConfigError(f"include: {path.name} includes itself through {' → '.join(p.name for p in _including)}", str(path))
+        raise ConfigError(f"include: {path.name} includes itself through {' → '.join(p.name for p in _including)}; remove it there", str(path))
     own = _parse(path)
     includes = own.pop("include", [])
     if not isinstance(includes, list) or not all(isinstance(item, str) for item in includes):
-        raise ConfigError(f"include: {includes!r} must be a list of file names", str(path))
+        raise ConfigError(f"include: {_short(includes)} must be a list of file names", str(path))
+    other = [item for item in includes if Path(item).suffix not in (".yaml", ".yml")]
+    if other:
+        raise ConfigError(f"include: {_short(other[0])} must be the name of a .yaml or .yml file", str(path))
     merged: dict[str, Any] = {}
     for item in includes:
         merged = _merge(merged, read_yaml(path.parent / item, (*_including, path)))
@@ -69,36 +95,109 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
     Raises:
         ConfigError: a setting without "=", a value that is not YAML, or a path through something that is no mapping.
     """
-    parsed = [_parse_override(text) for text in overrides]
-    for keys, value in sorted(parsed, key=lambda item: item[0][-1] != "path"):
-        raw = _set(raw, keys, value)
+    return apply_settings(raw, dict(_parse_override(text) for text in overrides))
+
+
+def apply_settings(raw: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Set dotted path → value; local paths first, so that row limits given beside them are kept.
+
+    Raises:
+        ConfigError: a path through something that is no mapping.
+    """
+    for name, value in sorted(settings.items(), key=lambda item: item[0].rpartition(".")[2] != "path"):
+        raw = _set(raw, name.split("."), value)
     return raw
 
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ConfigError(f"{size} bytes, but an experiment file has at most {MAX_BYTES}", str(path))
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise ConfigError("not a file; give the path of a YAML file", str(path))
+        with path.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"more than {MAX_BYTES} bytes, the most that a configuration has; remove what is none", str(path))
+        value = _read(content.decode("utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot be read ({error.strerror}); give the path of a YAML file", str(path)) from None
-    except UnicodeDecodeError:
-        raise ConfigError("not UTF-8 text", str(path)) from None
+        raise ConfigError(f"cannot be read ({error.strerror}); give the path of a YAML file", _shown(str(path))) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 text (byte {error.start + 1}: {error.reason}); convert the file", str(path)) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"not YAML: {' '.join(str(error).split())}", str(path)) from None
+        raise ConfigError(f"not YAML that can be used here: {_first_words(error)}; write it otherwise", str(path)) from None
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ConfigError(f"must be a mapping of names to values, found {type(value).__name__}", str(path))
-    _check_depth(value, path)
     return value
 
 
-def _check_depth(value: Any, path: Path, depth: int = 0) -> None:
-    if depth > MAX_DEPTH:
-        raise ConfigError(f"nested deeper than {MAX_DEPTH} levels", str(path))
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for child in children:
-        _check_depth(child, path, depth + 1)
+def _read(text: str) -> Any:
+    """What a YAML text says; its size is measured before anything is built, since aliases can stand for exponentially much.
+
+    Raises:
+        yaml.YAMLError, RecursionError, ValueError: it is not YAML, or more than a configuration can be.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _measure(node, {})
+        return loader.construct_document(node)  # type: ignore[no-untyped-call]
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
+    """Nodes and levels under a node, aliases expanded; each node is visited once."""
+    if id(node) in known:
+        found = known[id(node)]
+        if found is None:
+            raise ValueError(f"{_at(node)}: an alias stands for something that holds it")
+        return found
+    known[id(node)] = None
+    if isinstance(node, yaml.ScalarNode):
+        _check_scalar(node)
+        parts = []
+    elif isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        parts = [_measure(child, known) for pair in node.value for child in pair]
+    else:
+        parts = [_measure(child, known) for child in node.value]
+    measured = 1 + sum(count for count, _ in parts), 1 + max((depth for _, depth in parts), default=0)
+    if measured[0] > MAX_NODES:
+        raise ValueError(f"{_at(node)}: more than {MAX_NODES} keys and values (aliases count with all that they stand for)")
+    if measured[1] > MAX_DEPTH:
+        raise ValueError(f"{_at(node)}: nested deeper than {MAX_DEPTH} levels")
+    known[id(node)] = measured
+    return measured
+
+
+def _check_scalar(node: yaml.ScalarNode) -> None:
+    kind = node.tag.rpartition(":")[2]
+    if kind == "str":
+        return
+    if len(node.value) > _MAX_SCALAR:
+        raise ValueError(f"{_at(node)}: {kind} of {len(node.value)} characters; there are at most {_MAX_SCALAR}")
+    if kind == "int" and yaml.SafeLoader("").construct_yaml_int(node).bit_length() > _INT_BITS:  # type: ignore[no-untyped-call]
+        raise ValueError(f"{_at(node)}: {node.value} is beyond whole numbers of {_INT_BITS + 1} bits")
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    """YAML's own reader takes the last of two equal keys without a word."""
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if (key.tag, key.value) in seen:
+                raise ValueError(f"{_at(key)}: the key {_shown(key.value)} occurs twice in its mapping; remove one")
+            seen.add((key.tag, key.value))
+
+
+def _at(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+
+
+def _first_words(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -116,18 +215,19 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _parse_override(text: str) -> tuple[list[str], Any]:
+def _parse_override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
-    keys = name.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {text}: write it as dotted.path=value")
+    if not equals or not all(name.strip().split(".")):
+        raise ConfigError(f"--set {_shown(text)}: write it as dotted.path=value")
     try:
-        return keys, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not YAML ({' '.join(str(error).split())})") from None
+        return name.strip(), _read(value)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"--set {_shown(text)}: the value is not YAML ({_first_words(error)}); write it otherwise") from None
 
 
 def _set(raw: dict[str, Any], keys: list[str], value: Any) -> dict[str, Any]:
+    if len(keys) > MAX_DEPTH:
+        raise ConfigError(f"{_shown('.'.join(keys))}: {len(keys)} names, but settings are at most {MAX_DEPTH} deep; shorten it")
     head, *rest = keys
     if not rest:
         if head == "path" and raw.get("kind", "local") != "local":
@@ -135,39 +235,49 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any) -> dict[str, Any]:
         return {**raw, head: value}
     child = raw.get(head)
     if child is not None and not isinstance(child, dict):
-        raise ConfigError(f"--set {'.'.join(keys)}: {head} is {child!r}, which has no keys")
+        raise ConfigError(
+            f"{_shown('.'.join(keys))}: {_shown(head)} is {_short(child)}, which has no keys; set {_shown(head)} as a whole"
+        )
     return {**raw, head: _set(child or {}, rest, value)}
 
 
-def _problem(error: Any) -> str:
-    model, dotted = _locate(error["loc"])
+def _problem(root: type[BaseModel], error: Any) -> str:
+    model, dotted = _locate(root, error["loc"])
     if error["type"] == "extra_forbidden":
         allowed = list(model.model_fields) if model else []
         return f"{dotted}: unknown key{_did_you_mean(str(error['loc'][-1]), allowed)}"
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
         allowed = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
-        return f"{dotted}.kind: {context['tag']!r} is not known{_did_you_mean(context['tag'], allowed)}"
+        return f"{dotted}.kind: {_short(context['tag'])} is not known{_did_you_mean(context['tag'], allowed)}"
     if error["type"] == "union_tag_not_found":
-        return f"{dotted}: needs a `kind`"
+        return f"{dotted}: needs a `kind`; add it"
     if error["type"] == "missing":
-        return f"{dotted}: missing"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if not dotted:
-        return message
-    value = repr(error["input"])
-    return f"{dotted}: {message} (found {value if len(value) <= 80 else value[:77] + '...'})"
+        return f"{dotted}: missing; add it"
+    message = _shown(str(error["msg"]).removeprefix("Value error, "), 600)
+    return f"{dotted}: {message} (found {_short(error['input'])})" if dotted else message
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _shown(text: str, length: int = 200) -> str:
+    """A name for a message: nothing that a terminal would obey, and not endless."""
+    plain = text if text.isprintable() else repr(text)[1:-1]
+    return plain if len(plain) <= length else plain[: length - 1] + "…"
 
 
 def _did_you_mean(word: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word[:80], allowed, n=1, cutoff=0.6)
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"{hint} (allowed: {', '.join(sorted(allowed))})" if allowed else hint
 
 
-def _locate(loc: Sequence[Any]) -> tuple[type[BaseModel] | None, str]:
+def _locate(root: type[BaseModel], loc: Sequence[Any]) -> tuple[type[BaseModel] | None, str]:
     """The model that holds the last key, and the path as the user wrote it (pydantic adds union tags to it)."""
-    annotation: Any = Experiment
+    annotation: Any = root
     parts: list[str] = []
     holder: type[BaseModel] | None = None
     for item in loc:
@@ -183,7 +293,7 @@ def _locate(loc: Sequence[Any]) -> tuple[type[BaseModel] | None, str]:
         else:
             arguments = typing.get_args(annotation)
             annotation = _plain(arguments[-1]) if arguments else None
-    return holder, ".".join(parts)
+    return holder, _shown(".".join(parts))
 
 
 def _plain(annotation: Any) -> Any:

@@ -106,7 +106,7 @@ def test_cache_estimate_runs_nothing(config: Path) -> None:
 
 
 def test_compare_needs_evaluations(config: Path) -> None:
-    assert "12 evaluations are missing" in refused(
+    assert "16 artifacts are missing" in refused(
         cli("compare", "experiment.yaml", "--set", "train.seeds=[10]", "--run-dir", "none", cwd=config.parent)
     )
 

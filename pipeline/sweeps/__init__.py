@@ -1,0 +1,1 @@
+"""Many trials from one file: which settings to try, and what that plans."""
