@@ -2,15 +2,21 @@
 
 The fingerprint is known before anything runs: a hash of the stage's name and code version, its recipe (the settings
 and the digests of external inputs) and its upstream fingerprints. Same fingerprint and complete → reused.
+
+Durability: a name is given only to what is on disk already. Files are synced before the manifest that names them, a
+folder's entries before the folder is renamed, and the parent folder after the rename. A power failure that loses a
+rename therefore leaves the old name with all of its content; none ever shows a new name with less.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +30,11 @@ from pipeline.locks import exclusive
 
 MANIFEST = "manifest.json"
 PARTIAL_SUFFIX = ".partial"
+UNSEALED = "0" * 64
+"""Stands where `seal` will put the digest."""
+_SEAL = re.compile(rb"sealed_by[^0-9a-f]{1,8}([0-9a-f]{64})")
+# What a disk that is full, over its quota or read-only answers; EFBIG is a limit on a file's size.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _RECORDED_PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "numpy")
 
 
@@ -42,6 +53,7 @@ class Manifest:
         created: seconds since the epoch.
         seconds: wall time of the work (summed over resumptions where the stage knows it).
         complete: always true in a committed artifact.
+        sealed_by: see `seal`; of manifests that an earlier version wrote, `UNSEALED`.
     """
 
     stage: str
@@ -54,6 +66,7 @@ class Manifest:
     created: float
     seconds: float = 0.0
     complete: bool = True
+    sealed_by: str = UNSEALED
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,34 @@ def file_digest(path: Path) -> str:
 def text_digest(text: str) -> str:
     """SHA-256 of a text, hex."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal(content: bytes) -> bytes:
+    """Put the digest of `content` into it, where it has a field "sealed_by" with the value `UNSEALED`.
+
+    Every byte of what is returned is covered, the field's own name and the spaces around it too; see `is_sealed`.
+    """
+    start, end = _seal_span(content) or (0, 0)
+    if content[start:end].decode() != UNSEALED:
+        raise ValueError("no field sealed_by to put a digest into")
+    return content[:start] + hashlib.sha256(content).hexdigest().encode() + content[end:]
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether this is, to the byte, what `seal` made."""
+    span = _seal_span(content)
+    if span is None:
+        return False
+    start, end = span
+    blank = content[:start] + UNSEALED.encode() + content[end:]
+    return hashlib.sha256(blank).hexdigest().encode() == content[start:end]
+
+
+def _seal_span(content: bytes) -> tuple[int, int] | None:
+    found = None
+    for found in _SEAL.finditer(content):  # the last one: what a model wrote may hold the word, too
+        pass
+    return None if found is None else found.span(1)
 
 
 def artifact_path(root: Path, stage: str, fingerprint: str) -> Path:
@@ -158,12 +199,27 @@ def partial_folder(final: Path) -> Iterator[Path]:
     """A working folder beside `final`, kept after a failure so that the stage can go on from it.
 
     One process at a time: another that holds it makes this wait (see `pipeline.locks`).
+
+    Raises:
+        ArtifactError: what is done with it, or making it, meets a disk that cannot be written.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(final.with_name(final.name + ".lock")):
-        partial = final.with_name(final.name + PARTIAL_SUFFIX)
-        partial.mkdir(exist_ok=True)
-        yield partial
+    partial = final.with_name(final.name + PARTIAL_SUFFIX)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(final.with_name(final.name + ".lock")):
+            partial.mkdir(exist_ok=True)
+            # Killed while it wrote a text file, a process leaves the part that it had; nobody else writes here now.
+            for stray in partial.rglob(".*.tmp"):
+                stray.unlink()
+            yield partial
+    except Exception as error:
+        reason = _disk_reason(error)
+        if reason is None:
+            raise
+        raise ArtifactError(
+            f"{partial}: cannot write here ({reason}); what is finished is kept: make room or make the folder writable, then "
+            "run the same command again to go on"
+        ) from error
 
 
 def commit(
@@ -198,9 +254,11 @@ def commit(
         seconds=seconds,
     )
     for name in files:
-        _fsync(partial / name)
-    write_text_atomically(partial / MANIFEST, json.dumps(asdict(manifest), indent=1, sort_keys=True, default=str))
-    _fsync(partial)
+        sync(partial / name)
+    text = seal(json.dumps(asdict(manifest), indent=1, sort_keys=True, default=str).encode()).decode()
+    write_text_atomically(partial / MANIFEST, text)
+    for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+        sync(folder)
     if final.exists():
         discarded = final.with_name(final.name + ".discarded")
         shutil.rmtree(discarded, ignore_errors=True)
@@ -209,8 +267,17 @@ def commit(
         shutil.rmtree(discarded)
     else:
         os.rename(partial, final)
-    _fsync(final.parent)
-    return Artifact(final, manifest)
+    sync(final.parent)
+    return Artifact(final, _read_manifest(final))
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -221,29 +288,36 @@ def write_text_atomically(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-    _fsync(path.parent)
+    sync(path.parent)
 
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
-        manifest = Manifest(**json.loads(file.read_text(encoding="utf-8")))
+        content = file.read_bytes()
+        manifest = Manifest(**json.loads(content))
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no {MANIFEST}, so this is not a finished artifact; remove it to rebuild it") from None
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror or error})") from None
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise ArtifactError(f"{file}: not a manifest ({error}); remove {path} to rebuild it") from None
+    if manifest.sealed_by != UNSEALED and not is_sealed(content):
+        raise ArtifactError(f"{file}: checksum differs; remove {path} and run again to rebuild it")
     if manifest.complete is not True:
         raise ArtifactError(f"{path}: its manifest says that it is incomplete; remove it to rebuild it")
     return manifest
 
 
+def _disk_reason(error: Exception) -> str | None:
+    """What a disk said that cannot be written; None if the error is about something else."""
+    if isinstance(error, OSError):
+        number = error.errno
+    else:  # safetensors and tokenizers carry the operating system's error as text alone
+        found = re.search(r"\(os error (\d+)\)|code: (\d+), kind", str(error))
+        number = int(found[1] or found[2]) if found else None
+    return os.strerror(number) if number in _DISK_ERRORS else None
+
+
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _RECORDED_PACKAGES}}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

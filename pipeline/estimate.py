@@ -101,7 +101,7 @@ def _estimated(rows: RowsPlan) -> tuple[int, int, int]:
 
 
 def state_of(place: Place) -> str:
-    """ "done", "cached" or "to do"."""
+    """What there is of an artifact: "done", "cached" or "to do"."""
     if place.stage == "compare":
         from pipeline.artifacts import peek
 

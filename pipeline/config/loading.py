@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,8 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_NODES = 20_000
 """Keys and values of one file, every alias counted with all that it stands for."""
+MAX_FILES = 64
+"""Files that one configuration reads through its includes."""
 _MAX_SCALAR = 100  # characters of a number, date or truth value; reading longer ones takes quadratic time
 _MAX_PROBLEMS = 30
 _INT_BITS = 63
@@ -64,18 +66,25 @@ def validate(model: type[Model], raw: Mapping[str, Any], source: str) -> Model:
         raise ConfigError(shown, source) from None
 
 
-def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping with its includes merged: this file's values win over included ones, later includes over earlier.
 
     Raises:
         ConfigError: not readable, not YAML, not a mapping, too large, or an include that includes itself.
     """
+    return _with_includes(path, (), iter(range(MAX_FILES)))
+
+
+def _with_includes(path: Path, including: tuple[Path, ...], left: Iterator[int]) -> dict[str, Any]:
     try:
         path = path.resolve()
     except (ValueError, RuntimeError) as error:  # a NUL byte; links in a circle
         raise ConfigError(f"no usable path ({error}); give the path of a YAML file", _shown(str(path))) from None
-    if path in _including:
-        raise ConfigError(f"include: {path.name} includes itself through {' → '.join(p.name for p in _including)}; remove it there", str(path))
+    if path in including:
+        way = " → ".join(p.name for p in including)
+        raise ConfigError(f"include: {path.name} includes itself through {way}; remove it there", str(path))
+    if next(left, None) is None:
+        raise ConfigError(f"include: more than {MAX_FILES} files are read; include each once", str((including or (path,))[0]))
     own = _parse(path)
     includes = own.pop("include", [])
     if not isinstance(includes, list) or not all(isinstance(item, str) for item in includes):
@@ -85,7 +94,7 @@ def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"include: {_short(other[0])} must be the name of a .yaml or .yml file", str(path))
     merged: dict[str, Any] = {}
     for item in includes:
-        merged = _merge(merged, read_yaml(path.parent / item, (*_including, path)))
+        merged = _merge(merged, _with_includes(path.parent / item, (*including, path), left))
     return _merge(merged, own)
 
 
@@ -116,7 +125,9 @@ def _parse(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise ConfigError(f"more than {MAX_BYTES} bytes, the most that a configuration has; remove what is none", str(path))
+            raise ConfigError(
+                f"longer than {MAX_BYTES} bytes, but an experiment file has at most that; give another file", str(path)
+            )
         value = _read(content.decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror}); give the path of a YAML file", _shown(str(path))) from None
@@ -141,9 +152,9 @@ def _read(text: str) -> Any:
         if node is None:
             return None
         _measure(node, {})
-        return loader.construct_document(node)  # type: ignore[no-untyped-call]
+        return loader.construct_document(node)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
@@ -177,7 +188,7 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
         return
     if len(node.value) > _MAX_SCALAR:
         raise ValueError(f"{_at(node)}: {kind} of {len(node.value)} characters; there are at most {_MAX_SCALAR}")
-    if kind == "int" and yaml.SafeLoader("").construct_yaml_int(node).bit_length() > _INT_BITS:  # type: ignore[no-untyped-call]
+    if kind == "int" and yaml.SafeLoader("").construct_yaml_int(node).bit_length() > _INT_BITS:
         raise ValueError(f"{_at(node)}: {node.value} is beyond whole numbers of {_INT_BITS + 1} bits")
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.artifacts import file_digest, write_text_atomically
+from pipeline.artifacts import UNSEALED, file_digest, is_sealed, seal, write_text_atomically
 from pipeline.errors import ArtifactError, CacheMismatchError
 
 LEDGER = "ledger.json"
@@ -199,7 +199,8 @@ class Ledger:
 
 def write_ledger(folder: Path, ledger: Ledger) -> None:
     """Replace the folder's ledger atomically."""
-    write_text_atomically(folder / LEDGER, json.dumps(asdict(ledger), indent=1))
+    content = json.dumps({**asdict(ledger), "sealed_by": UNSEALED}, indent=1)
+    write_text_atomically(folder / LEDGER, seal(content.encode()).decode())
 
 
 def read_ledger(folder: Path) -> Ledger | None:
@@ -210,7 +211,11 @@ def read_ledger(folder: Path) -> Ledger | None:
     """
     path = folder / LEDGER
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        raw = json.loads(content)
+        # Ledgers of earlier versions have no seal. A damaged name of the field is none that a Ledger has.
+        if raw.pop("sealed_by", None) is not None and not is_sealed(content):
+            raise ValueError("its checksum differs")
         layout = raw["layout"]
         if layout == LAYOUT_VERSION:
             key = CacheKey(**{**raw["key"], "layers": tuple(raw["key"]["layers"])})
@@ -219,7 +224,7 @@ def read_ledger(folder: Path) -> Ledger | None:
             return Ledger(**{**raw, "key": key, "shards": shards, "part": (first, parts)})
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{path}: not a cache ledger ({error}); remove {folder} and capture again") from None
     raise ArtifactError(
         f"{path}: layout version {layout}, this program reads {LAYOUT_VERSION}; remove {folder} and capture again"
