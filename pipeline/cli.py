@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +106,7 @@ def sweep(
     _check_run_dir(run_dir)
     # Of a search that chooses by results only the untrained models are known.
     plan = plan_points(settings, base, fixed_points(settings) or [{}], run_dir)
-    Console(stderr=True).print(sweep_table(settings, plan))
+    Console(stderr=True, markup=False).print(sweep_table(settings, plan))
     if dry_run:
         return
     comparison = plan_sweep_comparison(settings, base, plan.trials, run_dir)
@@ -179,7 +180,7 @@ def validate(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirO
 
     plan = _plan(config, overrides, run_dir)
     check_inputs(plan)
-    Console().print(plan_table(plan))
+    Console(markup=False).print(plan_table(plan))
 
 
 @app.command()
@@ -229,7 +230,7 @@ def doctor(run_dir: RunDirOption = RUNS) -> None:
     from pipeline.doctor import examine, exit_code, render
 
     findings = examine(run_dir)
-    Console().print(render(findings))
+    Console(markup=False).print(render(findings))
     raise typer.Exit(exit_code(findings))
 
 
@@ -259,8 +260,15 @@ def serve(
 
 
 @app.command()
-def ui(run_dir: RunDirOption = RUNS, port: Annotated[int, typer.Option(help="Loopback port.")] = 5000) -> None:
-    """Open the MLflow UI on a run directory's store (loopback only)."""
+def ui(
+    run_dir: RunDirOption = RUNS,
+    port: Annotated[int, typer.Option(help="Loopback port.")] = 5000,
+    experiment: Annotated[
+        str | None, typer.Option("--experiment", metavar="NAME", help="Open on it (default: the last one compared).")
+    ] = None,
+) -> None:
+    """Start the MLflow UI on a run directory's store (loopback only), and print where its leaderboard is."""
+    from pipeline.leaderboard import VIEW, address, opening
     from pipeline.tracking import configure_mlflow
 
     if not (run_dir / "mlflow.db").is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
@@ -268,10 +276,29 @@ def ui(run_dir: RunDirOption = RUNS, port: Annotated[int, typer.Option(help="Loo
             f"--run-dir: {run_dir} has no mlflow.db; run `distilllens reproduce CONFIG --run-dir {run_dir}` first"
         )
     store = configure_mlflow(run_dir)
+    from mlflow import MlflowClient
+
+    identity, name, preset = opening(MlflowClient(store), experiment)
+    served = store.startswith(("http://", "https://"))  # by a server that is there already
+    if not served:
+        _check_port(port)
+    base = f"{store.rstrip('/')}/" if served else f"http://127.0.0.1:{port}/"
+    end = "" if served else " (Ctrl-C ends it)"
+    print(f"MLflow UI, {name}: {address(base, identity, **({'viewStateShareKey': VIEW} if preset else {}))}{end}", flush=True)
+    if served:
+        return
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-    print(f"MLflow UI: http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning (Ctrl-C ends it)", flush=True)
     arguments = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *arguments])
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(f"--port: {port} cannot be used ({error.strerror}); choose another") from None
 
 
 def _plan(config: Path, overrides: list[str], run_dir: Path) -> Plan:
@@ -342,10 +369,11 @@ def _print_comparison(comparison: ComparePlan, run_dir: Path) -> None:
 
     from pipeline.reporting.aggregate import result_rows, table
     from pipeline.reporting.render import terminal_table
-    from pipeline.stages.compare import reading_notes, trial_scores
+    from pipeline.stages.compare import HEADLINE, reading_notes, trial_scores
 
-    console = Console()
+    console = Console(markup=False)
     console.print(terminal_table(table(result_rows(trial_scores(comparison.trials))), f"{comparison.experiment.name}: ROUGE-L"))
+    console.print(f"\n{(comparison.place.path / HEADLINE).read_text(encoding='utf-8').strip()}\n", highlight=False)
     for note in reading_notes(comparison):
         console.print(f"  {note}", style="dim", highlight=False)
     console.print(

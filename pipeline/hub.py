@@ -47,5 +47,10 @@ def resolve_revision(repo: str, revision: str, repo_type: str, what: str) -> str
 def _cached_commit(repo: str, revision: str, repo_type: str) -> str | None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    reference = Path(HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}" / "refs" / revision
-    return reference.read_text().strip() if reference.is_file() else None
+    references = Path(HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}" / "refs"
+    reference = references / revision
+    # A branch can have slashes in its name, but nothing that leads out of the folder is one.
+    if not reference.resolve().is_relative_to(references.resolve()) or not reference.is_file():
+        return None
+    commit = reference.read_text(encoding="utf-8", errors="replace").strip()
+    return commit if _COMMIT.fullmatch(commit) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -90,6 +91,18 @@ class Tracker(Protocol):
         """A table that the UI can show, columns by name."""
         ...
 
+    def log_image(self, run_id: str, name: str, png: bytes) -> None:
+        """An image; those of the same name in several runs are shown side by side."""
+        ...
+
+    def experiment_id(self, name: str) -> str | None:
+        """The id of an experiment, made if need be; None if the store cannot be asked."""
+        ...
+
+    def describe(self, experiment: str, tags: Mapping[str, str]) -> None:
+        """Labels of a whole experiment, its description among them."""
+        ...
+
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """More labels."""
         ...
@@ -124,6 +137,16 @@ class NoTracker:
         """See `Tracker`."""
 
     def log_table(self, run_id: str, rows: Mapping[str, Sequence[Any]], file: str) -> None:
+        """See `Tracker`."""
+
+    def log_image(self, run_id: str, name: str, png: bytes) -> None:
+        """See `Tracker`."""
+
+    def experiment_id(self, name: str) -> str | None:
+        """See `Tracker`."""
+        return None
+
+    def describe(self, experiment: str, tags: Mapping[str, str]) -> None:
         """See `Tracker`."""
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
@@ -178,10 +201,10 @@ class MLflowTracker:
         return str(record["run_id"])
 
     def follow(self, run_id: str) -> Callable[[Path], None]:
-        """Ship a growing metrics.jsonl from a background thread."""
+        """Ship a growing metrics.jsonl, and how busy the machine is meanwhile, from background threads."""
 
         def begin(path: Path) -> None:
-            follower = _Follower(path, lambda records: self._ship(run_id, records))
+            follower = _Follower(path, lambda records: self._ship(run_id, records), self._monitor(run_id))
             self._followers[run_id] = follower
             follower.start()
 
@@ -208,6 +231,27 @@ class MLflowTracker:
     def log_table(self, run_id: str, rows: Mapping[str, Sequence[Any]], file: str) -> None:
         """A table that the UI can show."""
         self._try(f"log {file}", lambda: self._client.log_table(run_id, {k: list(v) for k, v in rows.items()}, file))
+
+    def log_image(self, run_id: str, name: str, png: bytes) -> None:
+        """An image for the UI's image grid, at step 0."""
+        from PIL import Image
+
+        self._try(f"log image {name}", lambda: self._client.log_image(run_id, Image.open(io.BytesIO(png)), key=name, step=0))
+
+    def experiment_id(self, name: str) -> str | None:
+        """The id of an experiment, made if need be."""
+        found = self._try("find an experiment", lambda: self._experiment(name))
+        return None if found is None else str(found)
+
+    def describe(self, experiment: str, tags: Mapping[str, str]) -> None:
+        """Tags of an experiment; the note is what the UI shows as its description."""
+
+        def tell() -> None:
+            identity = self._experiment(experiment)
+            for name, value in tags.items():
+                self._client.set_experiment_tag(identity, name, value)
+
+        self._try("describe an experiment", tell)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """More labels."""
@@ -255,7 +299,8 @@ class MLflowTracker:
     def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
-        params = [Param(name, str(value)[:6000]) for name, value in values.items()]
+        # None is the absence of a setting: a column for it would say nothing.
+        params = [Param(name, str(value)[:6000]) for name, value in values.items() if value is not None]
         for start in range(0, len(params), 100):  # MLflow's limit for one call
             self._client.log_batch(run_id, params=params[start : start + 100])
 
@@ -298,6 +343,20 @@ class MLflowTracker:
                 raise
             return str(found.experiment_id)  # another process made it meanwhile
 
+    def _monitor(self, run_id: str) -> Any:
+        """MLflow's own watch over processor, memory, disk, network and accelerator, None where it is switched off."""
+        if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in ("true", "1"):
+            return None
+        try:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self.uri)  # type: ignore[no-untyped-call]
+            monitor.start()  # type: ignore[no-untyped-call]
+        except Exception as error:  # counters that a container does not have fail in many ways; training needs none of them
+            log.warning("MLflow: no system metrics of this run: %s", error)
+            return None
+        return monitor
+
     def _still_there(self, run_id: str) -> bool:
         return self._try("find a run", lambda: self._client.get_run(run_id)) is not None
 
@@ -332,9 +391,9 @@ class MLflowTracker:
 class _Follower(threading.Thread):
     """Ships the new lines of a growing file every few seconds."""
 
-    def __init__(self, path: Path, ship: Callable[[Sequence[Mapping[str, Any]]], bool]) -> None:
+    def __init__(self, path: Path, ship: Callable[[Sequence[Mapping[str, Any]]], bool], monitor: Any) -> None:
         super().__init__(name="metrics-shipper", daemon=True)
-        self._path, self._ship, self._offset = path, ship, 0
+        self._path, self._ship, self._monitor, self._offset = path, ship, monitor, 0
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -344,6 +403,8 @@ class _Follower(threading.Thread):
     def stop(self) -> None:
         """Stop; what was not shipped yet is shipped by `log_steps` from the file."""
         self._stopping.set()
+        if self._monitor is not None:
+            self._monitor.finish()
         self.join(timeout=30)
 
     def _ship_new(self) -> None:
@@ -368,6 +429,7 @@ def configure_mlflow(run_dir: Path) -> str:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true",
         "GIT_PYTHON_REFRESH": "quiet",
         "MLFLOW_TRACKING_URI": f"sqlite:///{run_dir.resolve() / 'mlflow.db'}",
     }
@@ -375,6 +437,7 @@ def configure_mlflow(run_dir: Path) -> str:
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
     return str(os.environ["MLFLOW_TRACKING_URI"])
 
 

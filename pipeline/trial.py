@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as parquet
 
@@ -14,6 +15,7 @@ from pipeline.stages import evaluate, lens_profile, measure, train
 from pipeline.stages.compare import Trial, git_commit, trial_rows
 from pipeline.stages.evaluate import LoadedModel, ServedModel
 from pipeline.stages.fit import METRICS
+from pipeline.stages.import_model import ModelPlan
 from pipeline.stages.lens_profile import LensProfilePlan
 from pipeline.stages.place import MODEL, Place, obtain
 from pipeline.stages.prepare import RowsPlan
@@ -57,11 +59,15 @@ def is_delivered(trial: Trial, tracker: Tracker) -> bool:
 def trial_facts(plan: Plan, trial: Trial, stage_runs: Mapping[str, str]) -> RunFacts:
     """Name, settings, labels and data sets of a trial."""
     experiment = plan.experiment
-    params = {"method": trial.method, "student": plan.student.config.kind, "student_layers": plan.student.layers}
+    params: dict[str, Any] = {"method": trial.method}
+    if not isinstance(trial.evaluations[0].subject, ModelPlan):
+        own = plan.student.own
+        params |= {"student": own.location.label if own else plan.student.config.kind, "student_layers": plan.student.layers}
     if trial.train is not None:
         params |= {"train_seed": trial.seed, "alpha": trial.train.alpha}
         params |= flatten(trial.train.config.model_dump(mode="json", exclude={"alpha", "train"}), "method.")
-        params |= flatten(trial.train.training.model_dump(mode="json", exclude={"seeds"}), "train.")
+        # Only what a result depends on: a column for anything else would be noise, and config.yaml has it all.
+        params |= flatten(trial.train.place.recipe["training"], "train.")
     fingerprints = _scored(trial)
     inputs = []
     if trial.train is not None:
@@ -74,9 +80,12 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: Mapping[str, str]) -> RunF
         experiment=experiment.name,
         params=params,
         tags={
+            "stage": "trial",
             "method": trial.method,
             "row": trial.row,
+            "family": str(plan.models[0].config().model_type),
             "teacher": plan.models[0].location.label,
+            "config_fingerprint": text_digest(canonical_json(experiment.model_dump(mode="json")))[:16],
             "git_commit": git_commit() or "unknown",
             "experiment_fingerprint": plan.comparison.place.fingerprint,
             **{f"stage_run.{stage}": run_id for stage, run_id in stage_runs.items()},
@@ -89,6 +98,12 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: Mapping[str, str]) -> RunF
 def trial_key(trial: Trial) -> str:
     """What identifies a trial to a tracker: its name and everything that it leads to."""
     return text_digest(repr([trial.name, trial.train and trial.train.place.fingerprint, sorted(_scored(trial).items())]))[:16]
+
+
+def wall_seconds(trial: Trial) -> float:
+    """How long everything of a trial took, from the manifests: training, evaluations, metrics and profile."""
+    artifacts = [place.existing() for place in trial.places]
+    return sum(artifact.manifest.seconds for artifact in artifacts if artifact is not None)
 
 
 def _scored(trial: Trial) -> dict[str, str]:
@@ -176,7 +191,8 @@ def profile_tracked(plan: LensProfilePlan, run_id: str, tracker: Tracker) -> Art
 
 
 def finish_trial(trial: Trial, config: Path, run_id: str, tracker: Tracker, stage_runs: Mapping[str, str]) -> None:
-    """Ship the configuration file, link the stages' runs back, and close the run."""
+    """Ship the configuration file and the whole time, link the stages' runs back, and close the run."""
+    tracker.log_metrics(run_id, {"cost/wall_seconds": wall_seconds(trial)})
     tracker.log_files(run_id, [config], "config")
     for stage_run in stage_runs.values():
         tracker.set_tags(stage_run, {f"trial.{trial.name}": run_id})

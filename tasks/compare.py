@@ -7,10 +7,11 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from pipeline.artifacts import MANIFEST
+from pipeline.gallery import track_comparison
 from pipeline.stages import compare as stage
 from pipeline.stages.compare import ComparePlan
 from pipeline.tracking import Tracker
-from tasks.record import track_stage
+from tasks.record import stage_experiment, track_stage
 
 
 @task(task_run_name="compare", cache_policy=NO_CACHE)
@@ -19,7 +20,11 @@ def compare(plan: ComparePlan, tracker: Tracker) -> str:
     artifact = stage.run(plan)
     table = (artifact.path / "table.md").read_text(encoding="utf-8")
     create_markdown_artifact(key=f"comparison-{plan.place.fingerprint}", description=plan.experiment.name, markdown=table)
-    run_id = track_stage(tracker, plan.experiment.name, plan.place, artifact)
-    files = [file for file in sorted(artifact.path.iterdir()) if file.name != MANIFEST]
-    tracker.log_files(run_id, files, "comparison")
+
+    def more(run_id: str) -> None:
+        files = [file for file in sorted(artifact.path.iterdir()) if file.name != MANIFEST]
+        tracker.log_files(run_id, files, "comparison")
+        track_comparison(plan, artifact, run_id, stage_experiment(plan.experiment.name), tracker)
+
+    track_stage(tracker, plan.experiment.name, plan.place, artifact, more=more)
     return str(artifact.path)

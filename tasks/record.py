@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prefect.artifacts import create_markdown_artifact
 
 from pipeline.artifacts import Artifact
 from pipeline.stages.place import Place
+from pipeline.stages.report import git_commit
 from pipeline.tracking import DataInput, RunFacts, Tracker, flatten
 
 
@@ -28,8 +29,11 @@ def show_artifact(place: Place, artifact: Artifact) -> None:
     )
 
 
-def track_stage(tracker: Tracker, experiment: str, place: Place, artifact: Artifact, inputs: Sequence[DataInput] = ()) -> str:
-    """A run in the stages' experiment; returns its id, to be linked from the trials."""
+def track_stage(
+    tracker: Tracker, experiment: str, place: Place, artifact: Artifact, inputs: Sequence[DataInput] = (),
+    more: Callable[[str], None] = lambda run_id: None,
+) -> str:  # fmt: skip
+    """A run in the stages' experiment, with whatever `more` tells about it; returns its id, to be linked from the trials."""
     key = f"{place.stage}/{place.fingerprint}"
     known = tracker.delivered(key)
     if known is not None:
@@ -44,6 +48,7 @@ def track_stage(tracker: Tracker, experiment: str, place: Place, artifact: Artif
                 "stage": place.stage,
                 "fingerprint": place.fingerprint,
                 "artifact": str(artifact.path),
+                "git_commit": git_commit() or "unknown",
                 **{f"upstream.{k}": v for k, v in place.upstream.items()},
             },
             inputs=inputs,
@@ -52,5 +57,6 @@ def track_stage(tracker: Tracker, experiment: str, place: Place, artifact: Artif
     numbers = {name: value for name, value in flatten(artifact.manifest.counts).items() if isinstance(value, (int, float))}
     tracker.log_metrics(run_id, {**numbers, "seconds": artifact.manifest.seconds})
     tracker.log_files(run_id, [artifact.path / "manifest.json"], "stage")
+    more(run_id)
     tracker.finish(run_id, "FINISHED")
     return run_id

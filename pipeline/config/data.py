@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.base import Strict
+from pipeline.config.base import LocalPath, Revision, Strict
 from pipeline.config.methods import Decoding
 
 
@@ -15,7 +14,7 @@ class LocalData(Strict):
     """A file on disk, relative to the working directory: .jsonl, .json, .csv or .parquet."""
 
     kind: Literal["local"]
-    path: Path
+    path: LocalPath
     skip: int = Field(default=0, ge=0)
     """Rows left out at the start of the file."""
     first: int | None = Field(default=None, ge=1)
@@ -26,9 +25,9 @@ class HubData(Strict):
     """One file of a dataset repository on the hub."""
 
     kind: Literal["hub"]
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    repo: str = Field(pattern=r"^[\w-]+(\.[\w-]+)*/[\w-]+(\.[\w-]+)*$")
     file: str = Field(pattern=r"^\w[\w-]*(\.[\w-]+)*(/\w[\w-]*(\.[\w-]+)*)*$")
-    revision: str = Field(min_length=1)
+    revision: Revision
     """Commit hash, tag or branch; resolved to a commit before anything runs."""
     skip: int = Field(default=0, ge=0)
     first: int | None = Field(default=None, ge=1)
@@ -133,5 +132,5 @@ class Benchmark(Strict):
     @model_validator(mode="after")
     def _distinct(self) -> Benchmark:
         if self.seeds is not None and len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} repeats a seed")
+            raise ValueError(f"seeds {self.seeds} repeats a seed; give each once")
         return self

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.config.base import Strict
+from pipeline.config.base import ExperimentName, Name, Strict
 from pipeline.config.data import Benchmark, DataConfig
 from pipeline.config.methods import (
     METHOD_KINDS,
@@ -42,7 +42,7 @@ class TeacherFinetune(Strict):
 class Experiment(Strict):
     """One experiment: a teacher, a student, rows, methods and benchmarks."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: ExperimentName
     """Folder under the run directory and MLflow experiment."""
     description: str = ""
     teacher: ModelRef
@@ -52,9 +52,9 @@ class Experiment(Strict):
     """null takes the teacher's."""
     student: StudentConfig
     data: DataConfig
-    benchmarks: dict[str, Benchmark] = Field(min_length=1)
+    benchmarks: dict[Name, Benchmark] = Field(min_length=1)
     """Name → test set; null leaves out one that an included file names."""
-    methods: dict[str, MethodConfig] = Field(min_length=1)
+    methods: dict[Name, MethodConfig] = Field(min_length=1)
     """Name → method. A name that is a method's own needs no `kind`."""
     alpha: float = Field(default=1.0, ge=0, le=1)
     """α, the weight of the teacher's terms against the cross-entropy on references; the paper's DistillLens has 1."""

@@ -128,7 +128,7 @@ def _parse(path: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"longer than {MAX_BYTES} bytes, but an experiment file has at most that; give another file", str(path)
             )
-        value = _read(content.decode("utf-8"))
+        value = _read(content.decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot be read ({error.strerror}); give the path of a YAML file", _shown(str(path))) from None
     except UnicodeDecodeError as error:
@@ -162,7 +162,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
     if id(node) in known:
         found = known[id(node)]
         if found is None:
-            raise ValueError(f"{_at(node)}: an alias stands for something that holds it")
+            raise ValueError(f"{_at(node)}: an alias stands for something that holds it; write it out")
         return found
     known[id(node)] = None
     if isinstance(node, yaml.ScalarNode):
@@ -175,9 +175,11 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
         parts = [_measure(child, known) for child in node.value]
     measured = 1 + sum(count for count, _ in parts), 1 + max((depth for _, depth in parts), default=0)
     if measured[0] > MAX_NODES:
-        raise ValueError(f"{_at(node)}: more than {MAX_NODES} keys and values (aliases count with all that they stand for)")
+        raise ValueError(
+            f"{_at(node)}: more than {MAX_NODES} keys and values (aliases count with all that they stand for); write less"
+        )
     if measured[1] > MAX_DEPTH:
-        raise ValueError(f"{_at(node)}: nested deeper than {MAX_DEPTH} levels")
+        raise ValueError(f"{_at(node)}: nested deeper than {MAX_DEPTH} levels; write it flatter")
     known[id(node)] = measured
     return measured
 
@@ -189,7 +191,7 @@ def _check_scalar(node: yaml.ScalarNode) -> None:
     if len(node.value) > _MAX_SCALAR:
         raise ValueError(f"{_at(node)}: {kind} of {len(node.value)} characters; there are at most {_MAX_SCALAR}")
     if kind == "int" and yaml.SafeLoader("").construct_yaml_int(node).bit_length() > _INT_BITS:
-        raise ValueError(f"{_at(node)}: {node.value} is beyond whole numbers of {_INT_BITS + 1} bits")
+        raise ValueError(f"{_at(node)}: {node.value} is beyond whole numbers of {_INT_BITS + 1} bits; lower it")
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
@@ -207,8 +209,7 @@ def _at(node: yaml.Node) -> str:
 
 
 def _first_words(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}…"
+    return _shown(" ".join(str(error).split()) or type(error).__name__, 300)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

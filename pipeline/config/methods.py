@@ -320,6 +320,10 @@ class Training(Strict):
     back to eager without; the values are the same."""
     gradient_checkpointing: bool = False
     """Compute the blocks' activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    halve_micro_batch_on_oom: bool = False
+    """Out of memory in a forward or backward pass, do that step again, and the rest of the run, with half the rows a pass:
+    the same mathematics. Once in a run, in one process, and not where a result depends on which rows share a pass
+    (`mask_layout: official`, `features.positions: all`); otherwise training ends with the step and its rows."""
     launch: Launch = Launch()
 
     @model_validator(mode="after")
@@ -327,11 +331,13 @@ class Training(Strict):
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("give exactly one of epochs and max_steps")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}")
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}; lower it")
         if self.min_learning_rate > min(self.learning_rates):
-            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {min(self.learning_rates)}")
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate} is above learning_rate {min(self.learning_rates)}; lower it"
+            )
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} repeats a seed")
+            raise ValueError(f"seeds {self.seeds} repeats a seed; give each once")
         return self
 
     @model_validator(mode="after")
@@ -341,6 +347,11 @@ class Training(Strict):
             raise ValueError(
                 f"launch.processes {launch.processes} is larger than batch_size {self.batch_size}, so some would have no rows; "
                 "lower it"
+            )
+        if launch.processes > 1 and self.halve_micro_batch_on_oom:
+            raise ValueError(
+                f"halve_micro_batch_on_oom is for one process, not launch.processes {launch.processes}: the others would wait "
+                "in vain; lower micro_batch_size instead"
             )
         if launch.processes > 1 and launch.strategy != "ddp" and self.lora is not None:
             raise ValueError(
@@ -468,7 +479,7 @@ class Evaluation(Strict):
     @model_validator(mode="after")
     def _distinct(self) -> Evaluation:
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} repeats a seed")
+            raise ValueError(f"seeds {self.seeds} repeats a seed; give each once")
         return self
 
 

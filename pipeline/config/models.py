@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.base import Strict
+from pipeline.config.base import LocalPath, Repo, Revision, Strict
 
 
 class HubModel(Strict):
     """A model repository on the hub."""
 
     kind: Literal["hub"]
-    repo: str = Field(pattern=r"^[\w.-]+/[\w.-]+$|^[\w.-]+$")
+    repo: Repo
     """owner/name."""
-    revision: str = Field(min_length=1)
+    revision: Revision
     """Commit hash, tag or branch; resolved to a commit before anything runs."""
 
 
@@ -24,15 +23,15 @@ class LocalModel(Strict):
     """A transformers folder on disk: config.json, *.safetensors, tokenizer files."""
 
     kind: Literal["local"]
-    path: Path
+    path: LocalPath
 
 
 class PackageModel(Strict):
     """A GGUF file that an installed Python package carries."""
 
     kind: Literal["package"]
-    package: str = Field(pattern=r"^[A-Za-z_][\w.]*$")
-    """Import name of the package; it is located, never imported."""
+    package: str = Field(pattern=r"^[A-Za-z_]\w*$")
+    """Import name of a package, without dots: it is located, never imported, and to locate a part would import the whole."""
     gguf_file: str = Field(pattern=r"^[^/\\]+\.gguf$")
     """File name inside the package folder."""
 
@@ -44,8 +43,8 @@ class PackageFolder(Strict):
     """A model folder that an installed Python package carries."""
 
     kind: Literal["package"]
-    package: str = Field(pattern=r"^[A-Za-z_][\w.]*$")
-    """Import name of the package; it is located, never imported."""
+    package: str = Field(pattern=r"^[A-Za-z_]\w*$")
+    """Import name of a package, without dots: it is located, never imported, and to locate a part would import the whole."""
     folder: str = Field(pattern=r"^\w[\w-]*(\.[\w-]+)*(/\w[\w-]*(\.[\w-]+)*)*$")
     """Folder inside the package."""
 
@@ -91,7 +90,7 @@ class ScratchStudent(Strict):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ScratchStudent:
         if self.hidden_size is not None and self.heads is not None and self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}; change one")
         return self
 
 

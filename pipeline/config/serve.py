@@ -18,7 +18,7 @@ Override = Annotated[str, Field(pattern=r"^\s*[^=.\s]+(\.[^=.\s]+)*\s*=")]
 
 
 class Parameters(Strict):
-    """What one run does; the form in the Prefect UI is made from this."""
+    """What one run does."""
 
     config: str = Field(min_length=1)
     """Path of the experiment or sweep file, on the machine that runs it."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.base import Strict
+from pipeline.config.base import ExperimentName, LocalPath, Strict
 
 METHOD, SEED = "method", "train_seed"
 """Axes that are no dotted path: a name in the experiment's methods, and one training seed."""
@@ -156,10 +155,10 @@ class Budget(Strict):
 class Sweep(Strict):
     """One sweep."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: ExperimentName
     """Folder under the run directory and MLflow experiment."""
     description: str = ""
-    experiment: Path
+    experiment: LocalPath
     """Base experiment, relative to this file."""
     overrides: dict[str, Any] = {}
     """Dotted path → value, for every trial."""

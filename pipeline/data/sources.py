@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
@@ -32,6 +32,7 @@ CATEGORY = ("category", "topic")
 _COLUMNS = "instruction; input or context; output or response; category or topic"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID_DIGITS = 16
+_MAX_NAMES = 20
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def _examples(path: Path, label: str) -> Iterator[Example]:
 def _example(row: _Row, seen: Counter[str]) -> Example:
     instruction = _text(row, INSTRUCTION, required=True)
     if not instruction.strip():
-        raise DataError(f"{row.where}: instruction is blank")
+        raise DataError(f"{row.where}: instruction is blank; write one, or remove the row")
     context = _text(row, INPUT, required=False)
     references = _references(row)
     content = canonical_json([instruction, context, references])
@@ -257,7 +258,7 @@ def _column(row: _Row, names: Sequence[str], required: bool) -> tuple[str, Any]:
     if required and not found:
         null = [name for name in names if name in row.values]
         lack = f"{null[0]} is null" if null else f"no {' or '.join(names)}"
-        has = ", ".join(map(str, row.values)) or "no columns"
+        has = _names(row.values) or "no columns"
         raise DataError(f"{row.where}: {lack}; it has {has}, allowed columns are {_COLUMNS}")
     if len({json.dumps(row.values[name], default=str) for name in found}) > 1:
         raise DataError(f"{row.where}: {' and '.join(found)} differ, though both stand for the same; keep one of them")
@@ -285,7 +286,7 @@ def _checked(row: _Row, name: str, value: Any, expected: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{row.where}: {name} holds half a surrogate pair at character {error.start}, which is no text"
+            f"{row.where}: {name} holds half a surrogate pair at character {error.start}, which is no text; remove it"
         ) from None
     return value
 
@@ -295,15 +296,18 @@ def _reader(path: Path, label: str) -> Callable[[Path, str], Iterator[_Row]]:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{label}: unknown format {path.suffix or '(no suffix)'}; allowed: {', '.join(_READERS)}")
-    if not path.exists():
-        raise DataError(f"{label}: no such file (looked for {path.absolute()})")
-    if not path.is_file():
-        raise DataError(f"{label}: not a file; give one of the files inside it")
+    try:
+        if not path.exists():
+            raise DataError(f"{label}: no such file (looked for {path.absolute()}); check the path")
+        if not path.is_file():
+            raise DataError(f"{label}: not a file; give one of the files inside it")
+    except OSError as error:  # a name that is too long, a folder that must not be looked into
+        raise _unreadable(label, error) from None
     return reader
 
 
 def _unreadable(label: str, error: OSError) -> DataError:
-    return DataError(f"{label}: cannot be read ({error.strerror or error})")
+    return DataError(f"{label}: cannot be read ({error.strerror or error}); check the path and its permissions")
 
 
 def _jsonl_rows(path: Path, label: str) -> Iterator[_Row]:
@@ -334,7 +338,7 @@ def _csv_rows(path: Path, label: str) -> Iterator[_Row]:
         try:
             values = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{label}:{line}: not valid CSV ({error})") from None
+            raise DataError(f"{label}:{line}: not valid CSV ({error}); quote fields that hold quotes") from None
         if values is None:
             return
         if not values:
@@ -353,7 +357,7 @@ def _csv_rows(path: Path, label: str) -> Iterator[_Row]:
 def _csv_header(values: list[str], where: str) -> list[str]:
     twice = [name for name, count in Counter(values).items() if count > 1]
     if twice:
-        raise DataError(f"{where}: column {twice[0]!r} occurs twice in the header")
+        raise DataError(f"{where}: column {twice[0]!r} occurs twice in the header; rename one")
     _require_columns(values, where)
     return values
 
@@ -368,8 +372,11 @@ def _parquet_rows(path: Path, label: str) -> Iterator[_Row]:
                 for values in batch.to_pylist():
                     number += 1
                     yield _Row(f"{label}: row {number}", values)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{label}: not valid Parquet ({error})") from None
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; Arrow's own, for pages that are damaged, have no number
+        reason = _short(" ".join(str(error).split()), 300)[1:-1]
+        raise DataError(f"{label}: not valid Parquet ({reason}); write the file again") from None
 
 
 _READERS: dict[str, Callable[[Path, str], Iterator[_Row]]] = {
@@ -384,8 +391,15 @@ def _require_columns(names: Sequence[str], where: str) -> None:
     for group in (INSTRUCTION, OUTPUT):
         if not set(group) & set(names):
             raise DataError(
-                f"{where}: no column {' or '.join(group)}; it has {', '.join(names) or 'none'}, allowed columns are {_COLUMNS}"
+                f"{where}: no column {' or '.join(group)}; it has {_names(names) or 'none'}, allowed columns are {_COLUMNS}"
             )
+
+
+def _names(names: Iterable[Any]) -> str:
+    """Columns for a message: a few of them, with nothing that a terminal would obey."""
+    found = [str(name) for name in names]
+    shown = [name if name.isprintable() and len(name) <= 40 else _short(name) for name in found[:_MAX_NAMES]]
+    return ", ".join([*shown, *(["…"] if len(found) > _MAX_NAMES else [])])
 
 
 def _lines(path: Path, label: str) -> Iterator[tuple[int, str]]:
@@ -418,6 +432,6 @@ def _row(values: Any, where: str) -> _Row:
     return _Row(where, values)
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, length: int = 40) -> str:
     text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}…"
+    return text if len(text) <= length else f"{text[:length]}…"

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.artifacts import canonical_json, text_digest
+from pipeline.artifacts import UNSEALED, canonical_json, is_sealed, seal, text_digest
 from pipeline.data.examples import EncodedPrompt
 from pipeline.errors import ArtifactError
 from pipeline.evaluation.generate import (
@@ -34,7 +34,7 @@ from pipeline.evaluation.rouge import score_rows
 
 VERSION = 1
 """Raise it when the same model, prompts and protocol would give other generations or scores."""
-_KEY, _SECONDS = b"evaluation_key", b"decoding_seconds"
+_KEY, _SECONDS, _SEALED = b"evaluation_key", b"decoding_seconds", b"sealed_by"
 _SAMPLED_WEIGHTS = 64
 _SCHEMA = pa.schema(
     [
@@ -310,7 +310,11 @@ def _finished(out: Path, key: str) -> pa.Table | None:
 
 def _read(file: Path) -> pa.Table:
     try:
-        return pq.read_table(file)
+        content = file.read_bytes()
+        # Parquet's own checksums, which are optional, cover pages but not the metadata.
+        if not is_sealed(content):
+            raise pa.ArrowInvalid("its checksum differs")
+        return pq.read_table(pa.BufferReader(content))
     except (pa.ArrowInvalid, OSError) as error:
         raise ArtifactError(f"{file}: not a readable Parquet file ({error}); remove it and run again") from None
 
@@ -318,8 +322,13 @@ def _read(file: Path) -> pa.Table:
 def _write(table: pa.Table, file: Path, scratch: Path) -> None:
     # A reader sees a whole file or none; what a kill leaves behind lies in `scratch`, which goes at the end.
     temporary = scratch / f".{file.name}.{os.getpid()}.tmp"
-    pq.write_table(table, temporary)
-    with temporary.open("rb") as stream:
+    metadata = {**(table.schema.metadata or {}), _SEALED: UNSEALED}
+    pq.write_table(table.replace_schema_metadata(metadata), temporary)
+    with temporary.open("rb+") as stream:
+        content = seal(stream.read())
+        stream.seek(0)
+        stream.write(content)
+        stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
 

@@ -111,6 +111,7 @@ def load_engine(
         engine: Engine = vllm.LLM(
             model=str(folder),
             skip_tokenizer_init=True,
+            trust_remote_code=False,
             # The model's generation_config.json must not add sampling settings or further end tokens.
             generation_config="vllm",
             dtype=dtype,

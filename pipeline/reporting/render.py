@@ -179,7 +179,8 @@ def terminal_table(cells: Cells, title: str) -> Any:
     from rich.table import Table
 
     grid = Table(title=title, title_justify="left")
-    grid.add_column("method")
+    # Names are what a row is known by: scores wrap before they do.
+    grid.add_column("method", no_wrap=True, min_width=max(map(len, cells), default=0))
     for name in columns(cells):
         grid.add_column(name, justify="right")
     for method, benchmarks in cells.items():

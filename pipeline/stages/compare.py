@@ -24,7 +24,8 @@ from pipeline.stages.report import git_commit as git_commit
 from pipeline.stages.train import TrainPlan
 from pipeline.tracking import flatten
 
-VERSION = 3
+VERSION = 4
+HEADLINE = "headline.txt"
 _BASELINE = "kd"
 
 
@@ -137,7 +138,7 @@ def _row_of(name: str, trials: Sequence[Trial]) -> str | None:
 
 
 def run(plan: ComparePlan) -> Artifact:
-    """Write results.csv and .parquet, differences.csv, table.md and .tex, report.html and figures/."""
+    """Write results.csv and .parquet, differences.csv, headline.txt, table.md and .tex, report.html and figures/."""
 
     def work(folder: Path) -> Mapping[str, Any]:
         rows = result_rows(trial_scores(plan.trials))
@@ -146,6 +147,7 @@ def run(plan: ComparePlan) -> Artifact:
         standings = evidence.standings or {}
         render.write_csv(folder / "results.csv", rows)
         exports.write_parquet(folder / "results.parquet", rows)
+        write_text_atomically(folder / HEADLINE, evidence.headline + "\n")
         write_text_atomically(folder / "table.md", render.markdown_table(cells, standings))
         write_text_atomically(folder / "table.tex", exports.tex_table(cells, standings))
         settings = method_settings(plan.trials)
@@ -308,7 +310,7 @@ def _found_rates(plans: Sequence[TrainPlan]) -> dict[str, Any]:
 
 
 def _run_scores(trial: Trial, plan: EvaluatePlan) -> RunScores:
-    scores = read_scores(plan.place.path)
+    scores = read_scores(plan.place.open().path)
     per_seed = {metric: [float(seed[metric]) for seed in scores["per_seed"]] for metric in METRICS}
     measured = {metric.name: read_metric(metric) for metric in trial.metrics if metric.evaluation == plan}
     per_seed |= {name: values for name, values in measured.items() if values}

@@ -109,7 +109,8 @@ def load_served(subject: Subject) -> ServedModel:
     folder = _folder(subject)
     # float32, as the other engine: the precision of an evaluation is no setting of its own.
     engine = vllm_backend.load_engine(folder, "float32")
-    return ServedModel(engine, load.load_tokenizer(folder), context_length(AutoConfig.from_pretrained(folder)))
+    context = context_length(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    return ServedModel(engine, load.load_tokenizer(folder), context)
 
 
 def check_engine(plan: EvaluatePlan) -> None:
@@ -134,7 +135,7 @@ def load_subject(subject: Subject) -> LoadedModel:
     """Load the model that is to be evaluated."""
     folder = _folder(subject)
     if isinstance(subject, TrainPlan):
-        model = load_fitted(subject.student.place.path, folder, choose_device())
+        model = load_fitted(subject.student.place.open().path, folder, choose_device())
     else:
         model = load.load_model(folder, device=choose_device())
     return LoadedModel(model, load.load_tokenizer(folder))

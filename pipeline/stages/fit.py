@@ -36,7 +36,7 @@ from pipeline.training.loop import MetricsLog, OnStep, Settings, better, train
 from pipeline.training.on_policy import OnPolicy, is_on_policy, own_samples, sample_seed
 from pipeline.training.sharded import read_division
 from pipeline.training.step import Student, Teacher
-from pipeline.training.stopping import StopAsked, stop_on_sigterm
+from pipeline.training.stopping import StopAsked, Stopped, stop_on_sigterm
 
 if TYPE_CHECKING:
     from pipeline.training.replicas import Group
@@ -90,7 +90,10 @@ def fit_recipe(training: Training, validation: Validation) -> dict[str, Any]:
     """The settings that a fit's result depends on, for fingerprints."""
     adapter = {} if training.lora is None else {"lora": training.lora.model_dump(mode="json")}
     # How the same mathematics is carried out is left out: it changes nothing that a result may depend on.
-    execution = {"seeds", "micro_batch_size", "checkpoint_every", "elementwise", "gradient_checkpointing", "launch"}
+    execution = {
+        "seeds", "micro_batch_size", "halve_micro_batch_on_oom", "checkpoint_every", "elementwise", "gradient_checkpointing",
+        "launch",
+    }  # fmt: skip
     return {
         "training": {**training.model_dump(mode="json", exclude=execution | {"lora"}), **adapter},
         "autocast": str(autocast_dtype(training.precision, choose_device())),
@@ -181,14 +184,23 @@ def run_rank(task: str, folder: Path, group: Group, stop: StopAsked) -> None:
 
 
 def _fit_one(job: Fit, rate: float, make: Make, folder: Path, label: str) -> dict[str, Any]:
+    if (folder / SUMMARY).exists():  # killed between the end of training and the commit; the checkpoint may be gone in part
+        return _summary(folder)
     launch = job.training.launch
     if launch.processes == 1:
         forget(folder)
         with stop_on_sigterm() as stop:
-            return _fit_here(job, rate, make, folder, label, stop, None)
+            counts = _fit_here(job, rate, make, folder, label, stop, None)
+            if stop():  # asked after the last step: what follows would not see it
+                raise Stopped(f"{label}: stopped after its last step; run the same command again to go on")
+            return counts
     division = read_division(launch.strategy, launch.config, "train.launch")
     task = json.dumps({"stage": job.stage, "plan": job.plan, "rate": rate, "label": label})
     run_processes(__name__, task, folder, launch.processes, division, label)
+    return _summary(folder)
+
+
+def _summary(folder: Path) -> dict[str, Any]:
     counts: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     return counts
 
@@ -352,6 +364,7 @@ def _settings(job: Fit, rate: float, device: torch.device) -> Settings:
         validate_every=job.validation.every_steps,
         select=job.validation.select,
         backend=training.elementwise,
+        halve_on_oom=training.halve_micro_batch_on_oom,
     )
 
 

@@ -118,7 +118,7 @@ def read_profile(plan: LensProfilePlan) -> list[LayerProfile]:
     Raises:
         ArtifactError: it is missing or damaged.
     """
-    (layers,) = read_profiles(plan.place.path / PROFILE).values()
+    (layers,) = read_profiles(plan.place.open().path / PROFILE).values()
     return layers
 
 

@@ -138,7 +138,7 @@ def run(plan: MetricPlan, load: Callable[[], LoadedModel]) -> Artifact:
 
 def read_metric(plan: MetricPlan) -> list[float]:
     """A finished metric's values."""
-    content = json.loads((plan.place.path / METRIC).read_text(encoding="utf-8"))
+    content = json.loads((plan.place.open().path / METRIC).read_text(encoding="utf-8"))
     return [float(value) for value in content["values"]]
 
 

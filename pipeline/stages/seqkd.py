@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.artifacts import Artifact, text_digest
+from pipeline.artifacts import UNSEALED, Artifact, file_digest, is_sealed, seal, text_digest, write_text_atomically
 from pipeline.config.methods import SeqGeneration
 from pipeline.data.examples import EncodedExample, EncodedPrompt
 from pipeline.data.tokenize import read_encoded, write_encoded
-from pipeline.errors import DataError
+from pipeline.errors import ArtifactError, DataError
 from pipeline.evaluation.generate import (
     Decoder,
     DecodingProtocol,
@@ -32,7 +32,7 @@ from pipeline.stages.prepare import TRAIN, TrainingDataPlan
 from pipeline.training.device import choose_device
 
 VERSION = 1
-_PARTS = "parts"
+_PARTS, SUMMARY = "parts", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ def run(plan: SeqKdPlan) -> Artifact:
     """
 
     def work(folder: Path) -> Mapping[str, Any]:
+        if (finished := _finished(folder)) is not None:  # killed after the last batch, before the commit
+            shutil.rmtree(folder / _PARTS, ignore_errors=True)
+            return finished
         rows = read_encoded(plan.data.place.open().path / TRAIN)
         tokenizer = load.load_tokenizer(plan.data.tokenizer.folder())
         prompts = [EncodedPrompt(row.id, "", row.input_ids[: row.prompt_tokens], ()) for row in rows]
@@ -81,8 +84,7 @@ def run(plan: SeqKdPlan) -> Artifact:
         if not kept:
             raise DataError(f"{plan.place.label}: all {len(rows)} responses of the teacher are blank; use another teacher")
         write_encoded(folder / TRAIN, kept)
-        shutil.rmtree(folder / _PARTS)
-        return {
+        counts = {
             "rows": len(rows),
             "kept": len(kept),
             "empty": len(rows) - len(kept),
@@ -90,8 +92,25 @@ def run(plan: SeqKdPlan) -> Artifact:
             "tokens": sum(len(row.input_ids) for row in kept),
             "response_tokens": sum(len(_response(row)) for row in kept),
         }
+        # Before the batches go, so that there is always something to go on from.
+        summary = {"counts": counts, "sha256": file_digest(folder / TRAIN), "sealed_by": UNSEALED}
+        write_text_atomically(folder / SUMMARY, seal(json.dumps(summary).encode()).decode())
+        shutil.rmtree(folder / _PARTS)
+        return counts
 
     return build(plan.place, work)
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The counts of rows that are all in TRAIN, None if they are not, or not as they were written."""
+    file = folder / SUMMARY
+    if not file.exists() or not is_sealed(content := file.read_bytes()):
+        return None
+    summary = json.loads(content)
+    if not (folder / TRAIN).exists() or file_digest(folder / TRAIN) != summary["sha256"]:
+        return None
+    counts: dict[str, Any] = summary["counts"]
+    return counts
 
 
 def _generate(
@@ -102,7 +121,7 @@ def _generate(
     protocol = DecodingProtocol(**plan.generation.decoding.model_dump())
     seeds, size, limit = [plan.generation.seed], plan.generation.batch_size, plan.data.config.max_tokens
     batches = plan_batches(prompts, protocol, seeds, size)
-    files = [parts / f"{text_digest(repr([prompt.id for prompt in batch]))[:32]}.arrow" for batch in batches]
+    files = [parts / f"{text_digest(repr([prompt.id for prompt in batch]))[:32]}.json" for batch in batches]
     if not all(file.exists() for file in files):
         model = load.load_model(plan.teacher.folder(), device=choose_device())
         check_lengths(context_length(model.config), prompts, protocol, limit)
@@ -111,17 +130,22 @@ def _generate(
     for batch, file in zip(batches, files, strict=True):
         if not file.exists():
             _write_part(file, decoder, batch)
-        found |= {row.id: row for row in read_encoded(file)}
+        found |= {row.id: row for row in _read_part(file)}
         advance(len(batch))
     return found
 
 
 def _write_part(file: Path, decoder: Decoder, batch: Sequence[EncodedPrompt]) -> None:
     responses = {generation.id: generation.token_ids for generation in decoder.decode(batch)}
-    rows = [EncodedExample(p.id, (*p.input_ids, *responses[p.id]), len(p.input_ids)) for p in batch]
-    temporary = file.with_suffix(".tmp")
-    write_encoded(temporary, rows)
-    os.replace(temporary, file)
+    rows = [[p.id, [*p.input_ids, *responses[p.id]], len(p.input_ids)] for p in batch]
+    write_text_atomically(file, seal(json.dumps({"rows": rows, "sealed_by": UNSEALED}).encode()).decode())
+
+
+def _read_part(file: Path) -> list[EncodedExample]:
+    content = file.read_bytes()
+    if not is_sealed(content):
+        raise ArtifactError(f"{file}: its checksum differs; remove it and run again: only its responses are generated anew")
+    return [EncodedExample(name, tuple(ids), prompt) for name, ids, prompt in json.loads(content)["rows"]]
 
 
 def _response(row: EncodedExample) -> tuple[int, ...]:

@@ -1,6 +1,9 @@
 """Exact resume: everything that the rest of a run depends on, in safetensors and JSON, swapped in atomically.
 
 Weights and optimiser state are whole, however many processes share them: what N processes wrote, M can go on from.
+
+Everything is on disk before it gets its name, and the last checkpoint goes only once the next one has it. state.json holds
+a digest of each tensor file and of itself: a checkpoint that is damaged in any byte is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.artifacts import write_text_atomically
+from pipeline.artifacts import UNSEALED, file_digest, is_sealed, seal, sync, write_text_atomically
 from pipeline.errors import ArtifactError
 from pipeline.training.sharded import like, whole
 from pipeline.training.step import Student
@@ -69,13 +72,18 @@ def save(folder: Path, student: Student, optimizer: Optimizer, progress: Progres
     if projection:
         save_file(projection, fresh / _PROJECTION)
     save_file(tensors, fresh / _OPTIMIZER)
-    save_file(_rng_state(), fresh / _RNG)
-    write_text_atomically(fresh / _STATE, json.dumps({"progress": asdict(progress), "optimizer": scalars}))
+    save_file(rng_state(), fresh / _RNG)
+    digests = {file.name: file_digest(file) for file in sorted(fresh.iterdir())}
+    for name in digests:
+        sync(fresh / name)
+    state = {"progress": asdict(progress), "optimizer": scalars, "files": digests, "sealed_by": UNSEALED}
+    write_text_atomically(fresh / _STATE, seal(json.dumps(state).encode()).decode())
     old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.exists():  # otherwise `old` is the only one: a kill between the renames left it there
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
     os.rename(fresh, folder)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -88,9 +96,10 @@ def load_weights(folder: Path, student: Student) -> None:
     with _reading(folder) as found:
         if found is None:
             return
-        student.model.load_state_dict(load_file(found / _MODEL), strict=False)
+        digests = _read_state(found)["files"]
+        student.model.load_state_dict(_load(found / _MODEL, digests), strict=False)
         if student.projection is not None:
-            student.projection.load_state_dict(load_file(found / _PROJECTION))
+            student.projection.load_state_dict(_load(found / _PROJECTION, digests))
 
 
 def load_state(folder: Path, optimizer: Optimizer) -> Progress | None:
@@ -102,9 +111,9 @@ def load_state(folder: Path, optimizer: Optimizer) -> Progress | None:
     with _reading(folder) as found:
         if found is None:
             return None
-        state = json.loads((found / _STATE).read_text(encoding="utf-8"))
-        _restore_optimizer(optimizer, load_file(found / _OPTIMIZER), state["optimizer"])
-        _restore_rng(load_file(found / _RNG))
+        state = _read_state(found)
+        _restore_optimizer(optimizer, _load(found / _OPTIMIZER, state["files"]), state["optimizer"])
+        restore_rng(_load(found / _RNG, state["files"]))
         return Progress(**state["progress"])
 
 
@@ -113,6 +122,20 @@ def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     state = module.state_dict(keep_vars=True)
     return {name: whole(tensor).detach().contiguous() for name, tensor in state.items() if name in names}
+
+
+def _read_state(found: Path) -> dict[str, Any]:
+    content = (found / _STATE).read_bytes()
+    if not is_sealed(content):
+        raise ValueError(f"{_STATE}: its checksum differs")
+    state: dict[str, Any] = json.loads(content)
+    return state
+
+
+def _load(file: Path, digests: dict[str, str]) -> dict[str, Tensor]:
+    if file_digest(file) != digests[file.name]:
+        raise ValueError(f"{file.name}: its checksum differs")
+    return load_file(file)
 
 
 @contextmanager
@@ -132,7 +155,11 @@ def _reading(folder: Path) -> Iterator[Path | None]:
 def _surviving(folder: Path) -> Path:
     # A kill between the two renames of `save` leaves the old checkpoint under its other name.
     old = folder.with_name(folder.name + ".old")
-    return old if not folder.exists() and old.exists() else folder
+    if not folder.exists() and old.exists():
+        return old
+    # A kill after them leaves both; nothing would remove the old one if that was the last checkpoint of the run.
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
 
 
 def _optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -162,14 +189,16 @@ def _restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], scalars
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _rng_state() -> dict[str, Tensor]:
+def rng_state() -> dict[str, Tensor]:
+    """States of the random generators that training draws from."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def _restore_rng(states: dict[str, Tensor]) -> None:
+def restore_rng(states: dict[str, Tensor]) -> None:
+    """Set the random generators to what `rng_state` gave."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -8,16 +8,18 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.data.collate import IGNORE_INDEX, Batch
 from pipeline.errors import DataError, TrainingError
 from pipeline.losses.elementwise import Backend
 from pipeline.losses.objective import Objective, teacher_layers
+from pipeline.teacher.signal import TeacherSignal
 from pipeline.training import checkpoint
 from pipeline.training.checkpoint import Progress
 from pipeline.training.device import peak_memory_gib, reset_peak_memory
@@ -53,6 +55,7 @@ class Settings:
     validate_every: int | None
     select: str
     backend: Backend
+    halve_on_oom: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def train(
     Raises:
         DataError: fewer rows than a batch.
         Stopped: it was asked to.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss or the gradient is not finite, or there is no memory for a step.
     """
     if settings.batch_size > len(rows):
         raise DataError(f"train.batch_size: {settings.batch_size} rows, but there are only {len(rows)} training rows; lower it")
@@ -139,9 +142,19 @@ def train(
         log.info("going on from step %d of %d", progress.step, total)
     on_step = watch(progress.step, total)
     metrics = MetricsLog(folder / "metrics.jsonl", writes=first)
+    saved = progress.step
 
     def save() -> None:
+        nonlocal saved
         checkpoint.save(folder / "checkpoint", student, optimizer, progress, writes=first)
+        saved = progress.step
+
+    limit: int | None = None  # rows of a forward pass after there was no memory for more
+    updating: list[bool] = []
+    halves = settings.halve_on_oom and group is None and not _rows_meet(objective)
+    if halves:
+        assert isinstance(optimizer, torch.optim.Optimizer)  # ZeRO's belongs to a group
+        optimizer.register_step_pre_hook(lambda *_: updating.append(True))
 
     reset_peak_memory(student.model.device)
     if progress.due:
@@ -163,22 +176,55 @@ def train(
         student.model.train()
         if group is not None:
             torch.manual_seed(_own_seed(settings.seed, step, group.rank))
-        losses = optimizer_step(
-            student,
-            teacher,
-            objective,
-            micro,
-            optimizer,
-            max_grad_norm=settings.max_grad_norm,
-            autocast=settings.autocast,
-            backend=settings.backend,
-            signals=inputs.signals,
-            draw=step + (settings.seed << 32),
-            replica=replica,
-        )
+
+        def compute(micro: Sequence[Batch], signals: Sequence[TeacherSignal] | None, step: int = step) -> dict[str, float]:
+            return optimizer_step(
+                student,
+                teacher,
+                objective,
+                micro,
+                optimizer,
+                max_grad_norm=settings.max_grad_norm,
+                autocast=settings.autocast,
+                backend=settings.backend,
+                signals=signals,
+                draw=step + (settings.seed << 32),
+                replica=replica,
+            )
+
+        if limit is not None:
+            micro = _at_most(limit, micro)
+        signals = inputs.signals if limit is None else None
+        before = checkpoint.rng_state() if halves else {}
+        updating.clear()
+        losses: dict[str, float] = {}
+        while not losses:
+            try:
+                losses = compute(micro, signals)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                largest = max(len(part.example_ids) for part in micro)
+                # Once the update has begun, some weights may be those of the next step.
+                if not halves or limit is not None or largest == 1 or updating:
+                    what = f"no memory for {largest} rows in one pass ({str(error).splitlines()[0]})"
+                    fix = "set train.micro_batch_size lower, or train.halve_micro_batch_on_oom=true"
+                    raise _failure(inputs, rows, folder, saved, what, fix) from error
+                limit = math.ceil(largest / 2)
+                log.warning("step %d: no memory for %d rows in one pass; going on with %d", step + 1, largest, limit)
+            if not losses:  # outside the handler, whose error holds on to the memory of the failed pass
+                for module in student.modules:
+                    module.zero_grad(set_to_none=True)
+                checkpoint.restore_rng(before)
+                assert limit is not None
+                micro, signals = _at_most(limit, micro), None
         tokens = sum(int(part.attention_mask.sum()) for part in micro if sum(part.response_counts))
         losses, tokens, stopping = _together(group, losses, tokens, stop())
-        _check_finite(losses, inputs, rows)
+        bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
+        if bad:
+            raise _failure(
+                inputs, rows, folder, saved, f"{bad} is not finite", "lower train.learning_rate or look at these rows"
+            )
         seconds = time.perf_counter() - started
         progress = replace(progress, step=step + 1, tokens=progress.tokens + tokens, seconds=progress.seconds + seconds)
         values = {f"train/{name}": value for name, value in losses.items()}
@@ -306,11 +352,42 @@ def better(value: float | None, best: float | None, select: str) -> bool:
     return value < best if select == "loss" else value > best
 
 
-def _check_finite(losses: dict[str, float], inputs: StepInput, rows: Rows) -> None:
-    bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
-    if bad:
-        ids = [rows[index].id for index in inputs.indices]
-        raise TrainingError(
-            f"step {inputs.step + 1}: {bad} is not finite; rows {ids}. The last good checkpoint is kept; "
-            "lower train.learning_rate or look at these rows, then run again"
-        )
+def _failure(inputs: StepInput, rows: Rows, folder: Path, saved: int, what: str, fix: str) -> TrainingError:
+    """What ended training at a step, the step's rows, and what there is to go on from."""
+    ids = [rows[index].id for index in inputs.indices]
+    kept = f"The checkpoint of step {saved} is kept in {folder / 'checkpoint'}" if saved else "There is no checkpoint yet"
+    return TrainingError(f"step {inputs.step + 1}: {what}; rows {ids}. {kept}; {fix}, then run again")
+
+
+def _rows_meet(objective: Objective) -> bool:
+    """Whether a loss depends on which rows share a forward pass (hazards 1 and 3)."""
+    official = objective.lens is not None and objective.lens.mask_layout == "official"
+    return official or (objective.features is not None and objective.features.positions == "all")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # The CPU's allocator has no error type of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _at_most(limit: int, micro_batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    """The same rows in passes of at most `limit`, each as wide as its longest row."""
+    return tuple(
+        _rows_of(batch, start, start + limit)
+        for batch in micro_batches
+        for start in range(0, len(batch.example_ids), limit)
+    )  # fmt: skip
+
+
+def _rows_of(batch: Batch, first: int, end: int) -> Batch:
+    mask = batch.attention_mask[first:end]
+    width = int(mask.sum(dim=1).max())
+    labels = batch.labels[first:end, :width].contiguous()
+    return Batch(
+        example_ids=batch.example_ids[first:end],
+        input_ids=batch.input_ids[first:end, :width].contiguous(),
+        attention_mask=mask[:, :width].contiguous(),
+        labels=labels,
+        response_positions=(labels != IGNORE_INDEX).flatten().nonzero().squeeze(1),
+        response_counts=batch.response_counts[first:end],
+    )

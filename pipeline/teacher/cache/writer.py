@@ -295,7 +295,9 @@ class _ShardWriter:
         assert self._open is not None
         with _disk_errors(self._folder):
             facts, self._open = self._open.close(), None
-            self._ledger = replace(self._ledger, shards=(*self._ledger.shards, facts))
+            # In the order of their names, so that a shard that was captured anew leaves no trace.
+            shards = sorted((*self._ledger.shards, facts), key=lambda shard: shard.file)
+            self._ledger = replace(self._ledger, shards=tuple(shards))
             write_ledger(self._folder, self._ledger)
 
     def _next_name(self) -> str:

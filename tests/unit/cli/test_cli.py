@@ -54,7 +54,10 @@ def test_reproduce_leaves_the_comparison_and_prints_it(config: Path, done: subpr
     assert done.returncode == 0, done.stderr
     for word in ("teacher", "untrained", "sft", "kd", "mse", "distilllens", "report.html", "distilllens ui"):
         assert word in done.stdout
-    assert (config.parent / "runs" / "tiny" / "comparison" / "results.csv").is_file()
+    comparison = config.parent / "runs" / "tiny" / "comparison"
+    assert (comparison / "results.csv").is_file()
+    headline = (comparison / "headline.txt").read_text().split()
+    assert len(headline) > 5 and " ".join(headline) in " ".join(done.stdout.split())
     assert "\x1b[" not in done.stdout + done.stderr  # no bars, no colours where there is no terminal
 
 

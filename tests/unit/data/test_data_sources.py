@@ -209,7 +209,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
         {"instruction": None, "output": "a"},
         ":3: instruction is null; it has instruction, output, allowed columns are {columns}",
     ),
-    "blank instruction": ({**ROW, "instruction": " \n"}, ":3: instruction is blank"),
+    "blank instruction": ({**ROW, "instruction": " \n"}, ":3: instruction is blank; write one, or remove the row"),
     "no output": ({"instruction": "I"}, ":3: no output or response; it has instruction, allowed columns are {columns}"),
     "empty row": ({}, ":3: no instruction; it has no columns, allowed columns are {columns}"),
     "number": ({**ROW, "instruction": 7}, ":3: instruction must be a text, found int 7"),
@@ -244,11 +244,14 @@ def test_a_bad_line_is_named(tmp_path: Path, case: str) -> None:
 def test_a_bad_row_of_each_other_format_is_named(tmp_path: Path) -> None:
     good, bad = ROW, {**ROW, "instruction": " "}
     listed = text(tmp_path / "rows.json", json.dumps([good, bad]))
-    assert fails(listed) == f"{tmp_path}/rows.json: row 2: instruction is blank"
+    assert fails(listed) == f"{tmp_path}/rows.json: row 2: instruction is blank; write one, or remove the row"
     table = text(tmp_path / "rows.csv", 'instruction,output\n"a\nb",c\n ,d\n')
-    assert fails(table) == f"{tmp_path}/rows.csv:4: instruction is blank"
+    assert fails(table) == f"{tmp_path}/rows.csv:4: instruction is blank; write one, or remove the row"
     pq.write_table(pa.Table.from_pylist([good, bad]), tmp_path / "rows.parquet")
-    assert fails(LocalSource(tmp_path / "rows.parquet")) == f"{tmp_path}/rows.parquet: row 2: instruction is blank"
+    assert (
+        fails(LocalSource(tmp_path / "rows.parquet"))
+        == f"{tmp_path}/rows.parquet: row 2: instruction is blank; write one, or remove the row"
+    )
 
 
 def test_undecodable_bytes_are_named_with_line_and_byte(tmp_path: Path) -> None:
@@ -324,7 +327,7 @@ def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError) as caught:
         use(source)
-    assert str(caught.value) == f"{tmp_path}/rows.jsonl: cannot be read (Permission denied)"
+    assert str(caught.value) == f"{tmp_path}/rows.jsonl: cannot be read (Permission denied); check the path and its permissions"
 
 
 @given(st.binary(max_size=60))

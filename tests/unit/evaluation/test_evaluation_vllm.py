@@ -220,6 +220,7 @@ def test_the_engine_takes_token_ids_and_no_settings_from_the_model_folder(vllm: 
     assert engine.options == {
         "model": str(tmp_path),
         "skip_tokenizer_init": True,
+        "trust_remote_code": False,
         "generation_config": "vllm",
         "dtype": "float32",
         "max_model_len": 512,

@@ -71,7 +71,8 @@ def section(text: str, name: str) -> str:
 
 def test_every_file_is_there(made: Artifact) -> None:
     drawn = {f"figures/{name}.{kind}" for name in ("scores", "effects", "curves", "cost") for kind in ("png", "svg")}
-    expected = {"results.csv", "results.parquet", "differences.csv", "table.md", "table.tex", "report.html", *drawn}
+    texts = {"differences.csv", "headline.txt", "table.md", "table.tex", "report.html"}
+    expected = {"results.csv", "results.parquet", *texts, *drawn}
     assert set(made.manifest.files) == expected
     with (made.path / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
