@@ -279,3 +279,41 @@ def test_an_interrupted_sweep_leaves_checkpoints_and_no_process(number: signal.S
     if number != signal.SIGKILL:
         statuses = {run.info.run_name: run.info.status for run in tracked(run_dir, "swept")}
         assert statuses["kd s10"] == statuses["kd s20"] == "KILLED"
+
+
+def test_scores_below_the_accepted_ones_fail_the_sweep_until_they_are_accepted(
+    finished: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import json
+    import shutil
+
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+    from prefect.client.orchestration import get_client
+
+    from flows.sweep import sweep
+    from pipeline.sweeps.accepted import SweepRegressed
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config, run_dir = write(finished[0].parent, AXES), finished[1]
+    run(config, run_dir)
+    path = run_dir / "swept" / "accepted.json"
+    accepted = json.loads(path.read_text())
+    for benchmark, seeds in accepted["kd"].items():
+        for seed, folder in seeds.items():
+            better = run_dir / f"better-{benchmark}-{seed}"
+            shutil.copytree(run_dir / folder, better)
+            rows = parquet.read_table(better / "generations.parquet")
+            values = pa.array([90.0 + index % 3 for index in range(len(rows))])
+            column = rows.schema.get_field_index("rouge_l")
+            parquet.write_table(rows.set_column(column, "rouge_l", values), better / "generations.parquet")
+            accepted["kd"][benchmark][seed] = better.name
+    path.write_text(json.dumps(accepted))
+    for _ in range(2):  # looking does not accept
+        with pytest.raises(SweepRegressed, match=r"1 rows score below .*\n  - kd: -\d\d\.\d\d ROUGE-L"):
+            run(config, run_dir)
+    with get_client(sync_client=True) as client:
+        pages = [artifact.data for artifact in client.read_artifacts() if str(artifact.key).startswith("accepted-")]
+    assert any("| kd | -" in str(page) and "**regression**" in str(page) for page in pages)
+    sweep(config=str(config), overrides=[], run_dir=str(run_dir), accept=True)
+    run(config, run_dir)
