@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+# A shell starts its background jobs with Ctrl-C ignored, and their children inherit that; tests of Ctrl-C need the default.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

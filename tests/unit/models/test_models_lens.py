@@ -142,7 +142,7 @@ def test_packages_are_located_and_never_imported(tmp_path: Path, monkeypatch: py
     assert load.locate_package("carrier", "good.gguf", "teacher").folder == package
     with pytest.raises(ModelError, match="no GGUF version"):
         load.locate_package("carrier", "bad.gguf", "teacher")
-    with pytest.raises(ModelError, match="it has bad.gguf, good.gguf"):
+    with pytest.raises(ModelError, match="which has bad.gguf, good.gguf"):
         load.locate_package("carrier", "other.gguf", "teacher")
     with pytest.raises(ModelError, match="not an installed package"):
         load.locate_package("no_such_package", "x.gguf", "teacher")

@@ -14,7 +14,7 @@ import pytest
 import stages
 import tiny
 
-from pipeline.artifacts import Artifact
+from pipeline.artifacts import MANIFEST, Artifact, commit
 from pipeline.config.experiment import Experiment
 from pipeline.errors import ConfigError
 from pipeline.plan import Plan
@@ -138,9 +138,10 @@ def test_rows_that_cannot_be_paired_are_told_and_not_compared(
 ) -> None:
     def shortened(trial: Trial) -> Trial:
         odd, *others = trial.evaluations
-        copy = tmp_path / trial.name
-        shutil.copytree(odd.place.path, copy)
-        parquet.write_table(parquet.read_table(copy / GENERATIONS).slice(2), copy / GENERATIONS)  # one prompt fewer
+        copy, fresh = tmp_path / trial.name, tmp_path / f"{trial.name}.fresh"
+        shutil.copytree(odd.place.path, fresh, ignore=shutil.ignore_patterns(MANIFEST))
+        parquet.write_table(parquet.read_table(fresh / GENERATIONS).slice(2), fresh / GENERATIONS)  # one prompt fewer
+        commit(fresh, copy, stage="evaluate", fingerprint="0" * 16, recipe={}, upstream={}, counts={}, seconds=0.0)
         moved = replace(odd, place=replace(odd.place, path=copy, fingerprint="0" * 16))
         return replace(trial, evaluations=(moved, *others))
 
