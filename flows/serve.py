@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -54,6 +53,7 @@ from pipeline.config.loading import load_sweep
 from pipeline.config.serve import Cron, Deployment, Interval, Parameters, Serve, TrialDeployment, load_serve, parameters_of
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.locks import exclusive, held
+from pipeline.processes import exit_on_sigterm
 
 log = logging.getLogger(__name__)
 TAG = "distilllens"
@@ -127,7 +127,7 @@ def _experiment(settings: Parameters, until: str) -> str:
     from pipeline.tracked import is_tracked
 
     plan = plan_experiment(load_experiment(Path(settings.config), settings.overrides), Path(settings.run_dir))
-    if plan.finished() and is_tracked(plan.comparison, plan.run_dir):
+    if is_tracked(plan.comparison, plan.run_dir):
         return _said(len(plan.trials), 0)
     missing = [item for item in plan.trials if not item.finished()]
     check_inputs(plan)
@@ -137,17 +137,14 @@ def _experiment(settings: Parameters, until: str) -> str:
 
 def _sweep(settings: Parameters) -> str:
     from flows.sweep import sweep
-    from pipeline.sweeps.plan import base_settings, check_points, plan_points, plan_sweep_comparison
-    from pipeline.sweeps.points import fixed_points
+    from pipeline.sweeps.plan import check_points, plan_known
     from pipeline.tracked import is_tracked
 
-    file, run_dir = load_sweep(Path(settings.config)), Path(settings.run_dir)
-    base, points = base_settings(file, settings.overrides), fixed_points(file)
-    plan = plan_points(file, base, points or [{}], run_dir)
-    comparison = plan_sweep_comparison(file, base, plan.trials, run_dir)
-    if points and comparison.finished() and is_tracked(comparison, run_dir):
-        return _said(len(plan.trials), 0)  # nothing of the engine is started for it
-    check_points(plan)
+    run_dir = Path(settings.run_dir)
+    known = plan_known(load_sweep(Path(settings.config)), settings.overrides, run_dir)
+    if known.whole and is_tracked(known.comparison, run_dir):
+        return _said(len(known.plan.trials), 0)  # nothing of the engine is started for it
+    check_points(known.plan)
     return sweep.fn(settings.config, settings.overrides, settings.run_dir).outcome.text()
 
 
@@ -237,7 +234,7 @@ def main(config_path: Path, run_dir: Path | None = None, work_pool: str | None =
     settings = load_serve(config_path, folder)
     stores = _stores(settings)
     (folder / ".prefect").mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, _terminate)
+    exit_on_sigterm()
     with exclusive(_lock(folder), wait_seconds=0), _api(folder, settings.port) as address, _settings(address):
         runner = Runner(name=TAG, pause_on_shutdown=False, limit=settings.limit, heartbeat_seconds=HEARTBEAT_SECONDS)
         ids = _register(settings, runner, work_pool)
@@ -394,7 +391,3 @@ def _lock(folder: Path) -> Path:
 
 def _address_file(folder: Path) -> Path:
     return folder / ".prefect" / "serve.json"
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)  # as an exception, so that the server is stopped and the lock removed

@@ -170,25 +170,22 @@ def in_turn(
     What may not be started stays in `waiting`. If the caller is interrupted, every running trial is stopped first.
     """
     free, ended = deque(slots), queue.SimpleQueue[PrefectFuture[Any]]()
-    running: dict[UUID, tuple[SweepTrial, Slot]] = {}
-    futures: dict[UUID, PrefectFuture[Any]] = {}
+    running: dict[UUID, tuple[SweepTrial, Slot, PrefectFuture[Any]]] = {}
     try:
         while waiting or running:
             while waiting and free and may_start():
                 trial, slot = waiting.popleft(), free.popleft()
                 future = start(trial, slot)
-                running[future.task_run_id], futures[future.task_run_id] = (trial, slot), future
+                running[future.task_run_id] = (trial, slot, future)
                 future.add_done_callback(ended.put)
             if not running:
                 return
-            future = _next(ended)
-            trial, slot = running.pop(future.task_run_id)
-            del futures[future.task_run_id]
+            trial, slot, future = running.pop(_next(ended).task_run_id)
             free.append(slot)
             yield trial, _failure(trial, future)
     except BaseException:
         stop_trials()
-        for future in futures.values():
+        for _, _, future in running.values():
             future.wait()
         raise
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pipeline import __version__
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.processes import exit_on_sigterm
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -43,7 +42,7 @@ def main() -> None:
     # Threads that spin for long are many times slower beside other processes; threads that never spin take four times as long
     # over short operations. A short spin loses little either way (measured: 20 % alone, 25 % beside a busy process).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    signal.signal(signal.SIGTERM, _terminate)
+    exit_on_sigterm()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for name in ("pipeline", "flows"):
         logging.getLogger(name).setLevel(logging.INFO)
@@ -61,11 +60,6 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    # As an exception, so that everything that was started is ended too.
-    raise SystemExit(128 + number)
-
-
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -77,9 +71,10 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def reproduce(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOption = RUNS) -> None:  # noqa: B006
     """Run a whole experiment and print its comparison; what is already done is reused."""
     from pipeline.plan import check_inputs
+    from pipeline.tracked import is_tracked
 
     plan = _plan(config, overrides, run_dir)
-    if not _already_done(plan):
+    if not is_tracked(plan.comparison, run_dir):
         check_inputs(plan)
         _run_flow(config, overrides, run_dir, "compare")
     _print_comparison(plan.comparison, run_dir)
@@ -97,21 +92,19 @@ def sweep(
     from rich.console import Console
 
     from pipeline.config.loading import load_sweep
-    from pipeline.sweeps.plan import base_settings, check_points, plan_points, plan_sweep_comparison
-    from pipeline.sweeps.points import fixed_points
+    from pipeline.sweeps.plan import check_points, plan_known
     from pipeline.sweeps.table import sweep_table
+    from pipeline.tracked import is_tracked
 
     settings = load_sweep(config)
-    base = base_settings(settings, overrides)
     _check_run_dir(run_dir)
-    # Of a search that chooses by results only the untrained models are known.
-    plan = plan_points(settings, base, fixed_points(settings) or [{}], run_dir)
-    Console(stderr=True, markup=False).print(sweep_table(settings, plan))
+    known = plan_known(settings, overrides, run_dir)
+    Console(stderr=True, markup=False).print(sweep_table(settings, known.plan))
     if dry_run:
         return
-    comparison = plan_sweep_comparison(settings, base, plan.trials, run_dir)
-    if accept or not (fixed_points(settings) and _is_delivered(comparison, run_dir)):
-        check_points(plan)
+    comparison = known.comparison
+    if accept or not (known.whole and is_tracked(comparison, run_dir)):
+        check_points(known.plan)
         with _engine(run_dir):
             from flows.sweep import sweep as flow
 
@@ -323,21 +316,12 @@ def _check_run_dir(run_dir: Path) -> None:
         )
 
 
-def _already_done(plan: Plan) -> bool:
-    return _is_delivered(plan.comparison, plan.run_dir)
-
-
-def _is_delivered(comparison: ComparePlan, run_dir: Path) -> bool:
-    from pipeline.tracked import is_tracked
-
-    return comparison.finished() and is_tracked(comparison, run_dir)
-
-
 def _run_until(stage: str, config: Path, overrides: list[str], run_dir: Path) -> None:
     from pipeline.plan import check_inputs
+    from pipeline.tracked import is_tracked
 
     plan = _plan(config, overrides, run_dir)
-    if _already_done(plan):
+    if is_tracked(plan.comparison, run_dir):
         print("nothing to do: this experiment is finished")
         return
     check_inputs(plan)

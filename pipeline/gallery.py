@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,11 @@ import pyarrow.parquet as parquet
 from pipeline.artifacts import Artifact
 from pipeline.leaderboard import CURVES, FINISHED, IMAGES, KIND_TAG, NOTE_TAG, VIEW_TAG, Links, description, view_state
 from pipeline.reporting import figures
-from pipeline.reporting.aggregate import AVERAGE, ResultRow
-from pipeline.reporting.figures import Cost
+from pipeline.reporting.aggregate import ResultRow
 from pipeline.reporting.statistics import PromptScores
 from pipeline.stages import report
-from pipeline.stages.compare import ComparePlan, Trial, reading_notes, trial_rows
+from pipeline.stages.compare import HEADLINE, ComparePlan, Trial, reading_notes, trial_rows
 from pipeline.stages.evaluate import GENERATIONS
-from pipeline.stages.fit import METRICS
 from pipeline.stages.lens_profile import read_profile
 from pipeline.tracking import Tracker
 from pipeline.trial import trial_key
@@ -42,22 +40,21 @@ def track_comparison(plan: ComparePlan, artifact: Artifact, run_id: str, stages:
         stages: the experiment of that run.
         tracker: told everything.
     """
-    found = report.evidence(plan.trials, plan.baseline)
     for benchmark, answers in generation_tables(plan.trials).items():
         tracker.log_table(run_id, answers, f"comparison/generations_{benchmark}.json")
-    for trial, images in run_images(plan.trials, found.scores):
+    for trial, images in run_images(plan.trials, report.paired_scores(plan.trials)):
         own = tracker.delivered(trial_key(trial))
         for name, png in images.items() if own is not None else ():
             tracker.log_image(str(own), f"{IMAGES}/{name}", png)
     here, there = tracker.experiment_id(plan.experiment.name), tracker.experiment_id(stages)
     if here is None or there is None:
         return
-    table = (artifact.path / "table.md").read_text(encoding="utf-8")
+    table, headline = ((artifact.path / name).read_text(encoding="utf-8").strip() for name in ("table.md", HEADLINE))
     tracker.describe(
         plan.experiment.name,
         {
             KIND_TAG: "custom_model_development",  # otherwise the UI asks, and shows pages for language model applications
-            NOTE_TAG: description(plan.experiment, found.headline, table, reading_notes(plan), Links(here, there, run_id)),
+            NOTE_TAG: description(plan.experiment, headline, table, reading_notes(plan), Links(here, there, run_id)),
             VIEW_TAG: view_state([benchmark.benchmark.name for benchmark in plan.trials[0].evaluations]),
             FINISHED: f"{artifact.manifest.created:.0f}",
         },
@@ -101,12 +98,12 @@ def run_images(trials: Sequence[Trial], scores: Sequence[PromptScores]) -> Itera
         trials: finished trials.
         scores: of every row, with all of its training seeds; empty where rows cannot be put side by side.
     """
-    rows = {trial.name: trial_rows(trial) for trial in trials}
+    rows = [row for trial in trials for row in trial_rows(trial)]
     # Each run by itself here too: a mean over training seeds would have narrower axes than its runs need.
     singly = [replace(own, method=trial.name) for trial in trials for own in _own_scores(trial, scores)]
-    common = _figures({trial.name: trial for trial in trials}, singly, rows)
+    common = _figures(trials, singly, rows, attrgetter("name"))
     for trial in trials:
-        own = _figures({trial.row: trial}, _own_scores(trial, scores), rows)
+        own = _figures([trial], _own_scores(trial, scores), rows, attrgetter("row"))
         yield trial, {name: _png(_on_axes_of(common[name], figure, name)) for name, figure in own.items()}
 
 
@@ -117,7 +114,7 @@ def _own_scores(trial: Trial, scores: Sequence[PromptScores]) -> list[PromptScor
 
 
 def _figures(
-    trials: Mapping[str, Trial], scores: Sequence[PromptScores], rows: Mapping[str, Sequence[ResultRow]]
+    trials: Sequence[Trial], scores: Sequence[PromptScores], rows: Sequence[ResultRow], label: report.Label
 ) -> dict[str, Figure]:
     """Name → figure, for everything that these trials, by their labels, have."""
     from pipeline.reporting import lens_figure
@@ -125,39 +122,15 @@ def _figures(
     drawn: dict[str, Figure] = {}
     if scores:
         drawn["scores"] = figures.score_figure(scores)
-    curves, costs = _curves(trials), _costs(trials, rows)
+    curves, costs = report.curves_of(trials, CURVES, label), report.costs_of(trials, rows, label)
     if any(curve for runs in curves.values() for run in runs for curve in run.values()):
         drawn["curves"] = figures.curve_figure(curves)
     if costs:
         drawn["cost"] = figures.cost_figure(costs, {})
-    profiles = {trial.name: read_profile(trial.profile) for trial in trials.values() if trial.profile is not None}
+    profiles = {trial.name: read_profile(trial.profile) for trial in trials if trial.profile is not None}
     if profiles:
         drawn["lens"] = lens_figure.divergence_figure(profiles)
     return drawn
-
-
-def _curves(trials: Mapping[str, Trial]) -> dict[str, list[dict[str, list[tuple[int, float]]]]]:
-    found: dict[str, list[dict[str, list[tuple[int, float]]]]] = {}
-    for label, trial in trials.items():
-        file = None if trial.train is None else trial.train.place.path / METRICS
-        if file is not None and file.exists():
-            records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            run = {
-                name: [(record["step"], record["metrics"][name]) for record in records if name in record["metrics"]]
-                for name in CURVES
-            }
-            found.setdefault(label, []).append(run)
-    return found
-
-
-def _costs(trials: Mapping[str, Trial], rows: Mapping[str, Sequence[ResultRow]]) -> dict[str, list[Cost]]:
-    found: dict[str, list[Cost]] = {}
-    for label, trial in trials.items():
-        artifact = None if trial.train is None else trial.train.place.existing()
-        if artifact is not None:
-            score = next(row.mean for row in rows[trial.name] if (row.benchmark, row.metric) == (AVERAGE, "rouge_l"))
-            found.setdefault(label, []).append(Cost(float(artifact.manifest.counts["seconds"]), score))
-    return found
 
 
 def _on_axes_of(common: Figure, own: Figure, name: str) -> Figure:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 GRACE_SECONDS = 4.0
 """Between the request to stop and the end by force: time for a checkpoint."""
@@ -74,6 +75,11 @@ def run_process(
     return Outcome(process.wait(), time.monotonic() - started, timed_out, stopped)
 
 
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process by an exception, with exit code 143, so that what it started is ended and closed too."""
+    signal.signal(signal.SIGTERM, _exit)
+
+
 def die_with_parent() -> None:
     """Let this process be asked to stop when the one that started it by `run_process` dies, however it dies (Linux)."""
     parent = os.environ.get(_PARENT)
@@ -83,6 +89,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):  # it died before the request was made
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

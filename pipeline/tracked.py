@@ -13,7 +13,9 @@ _FILE = "tracked.json"
 
 
 def is_tracked(comparison: ComparePlan, run_dir: Path) -> bool:
-    """Whether exactly this comparison was delivered to the store that is configured now."""
+    """Whether exactly this comparison is there, and was delivered to the store that is configured now."""
+    if not comparison.finished():
+        return False
     try:
         content = json.loads(_file(comparison, run_dir).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):

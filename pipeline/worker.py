@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from pipeline.config import Experiment
 from pipeline.config.loading import validate
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.plan import Plan, plan_experiment, write_config
-from pipeline.processes import die_with_parent
+from pipeline.processes import die_with_parent, exit_on_sigterm
 from pipeline.stages import cache, finetune_teacher, import_model, prepare, seqkd, student
 from pipeline.stages.compare import Trial
 from pipeline.tracking import MLflowTracker
@@ -41,7 +39,7 @@ def spec_of(plan: Plan, trial: Trial, stage_runs: Mapping[str, str]) -> dict[str
 def main(path: Path) -> int:
     """Carry out one trial; returns the exit code, and prints the message of an expected failure as the last line."""
     die_with_parent()
-    signal.signal(signal.SIGTERM, _terminate)
+    exit_on_sigterm()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(logging.INFO)
     flush_denormals()
@@ -84,11 +82,6 @@ def make_inputs(plan: Plan) -> None:
         cache.run(plan.cache)
     for generation in plan.generations:
         seqkd.run(generation)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    # As an exception, so that the tracked run is closed; what is computed so far lies on disk.
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

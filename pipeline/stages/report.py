@@ -7,8 +7,9 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,16 @@ from pipeline.stages.prepare import DEV_PROMPTS, PROMPTS, TRAIN
 from pipeline.stages.train import TrainPlan
 
 if TYPE_CHECKING:
+    from pipeline.reporting.figures import Cost
     from pipeline.stages.compare import Trial
 
 FIGURES = "figures"
 _CURVES = ("train/loss", "dev/loss", "dev/rouge_l")
 _FEW_SEEDS = 5
+Curves = dict[str, list[tuple[int, float]]]
+"""Metric → (step, value)."""
+Label = Callable[["Trial"], str]
+"""What a trial's line or bar is called: trials of one label are drawn alike."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,14 @@ def evidence(trials: Sequence[Trial], baseline: str | None) -> Evidence:
     return Evidence(headline(comparison), scores, tested, comparison, standings)
 
 
+def paired_scores(trials: Sequence[Trial]) -> Sequence[PromptScores]:
+    """Scores of every row on every benchmark; none where rows cannot be put side by side."""
+    try:
+        return _prompt_scores(trials)
+    except DataError:
+        return ()  # the report says why, see `evidence`
+
+
 def draw(trials: Sequence[Trial], found: Evidence, rows: Sequence[ResultRow], folder: Path) -> dict[str, list[Picture]]:
     """Write figures/*.png and *.svg; section of the report → its figures."""
     from pipeline.reporting import figures
@@ -104,7 +118,7 @@ def draw(trials: Sequence[Trial], found: Evidence, rows: Sequence[ResultRow], fo
                 "the correction, wherever it lies.",
             )
         ]  # fmt: skip
-    curves, costs = _curves(trials), _costs(trials, rows)
+    curves, costs = curves_of(trials, _CURVES, attrgetter("row")), costs_of(trials, rows, attrgetter("row"))
     if any(curve for runs in curves.values() for run in runs for curve in run.values()):
         sections["curves"] = [
             _save(
@@ -292,32 +306,33 @@ def _lens_figures(trials: Sequence[Trial], folder: Path) -> list[Picture]:
     ]  # fmt: skip
 
 
-def _curves(trials: Sequence[Trial]) -> dict[str, list[dict[str, list[tuple[int, float]]]]]:
-    """Row → for each training seed metric → curve."""
-    curves: dict[str, list[dict[str, list[tuple[int, float]]]]] = {}
+def curves_of(trials: Sequence[Trial], metrics: Sequence[str], label: Label) -> dict[str, list[Curves]]:
+    """Label → for each of its runs metric → curve."""
+    curves: dict[str, list[Curves]] = {}
     for trial in trials:
         file = None if trial.train is None else trial.train.place.path / METRICS
         if file is not None and file.exists():
             records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            curves.setdefault(trial.row, []).append(
+            curves.setdefault(label(trial), []).append(
                 {
                     name: [(record["step"], record["metrics"][name]) for record in records if name in record["metrics"]]
-                    for name in _CURVES
+                    for name in metrics
                 }
             )
     return curves
 
 
-def _costs(trials: Sequence[Trial], rows: Sequence[ResultRow]) -> dict[str, list[Any]]:
+def costs_of(trials: Sequence[Trial], rows: Sequence[ResultRow], label: Label) -> dict[str, list[Cost]]:
+    """Label → for each of its runs training time and average score."""
     from pipeline.reporting.figures import Cost
 
     means = {(row.method, row.train_seed): row.mean for row in rows if (row.benchmark, row.metric) == (AVERAGE, "rouge_l")}
-    costs: dict[str, list[Any]] = {}
+    costs: dict[str, list[Cost]] = {}
     for trial in trials:
         artifact = None if trial.train is None else trial.train.place.existing()
         if artifact is not None:
             cost = Cost(float(artifact.manifest.counts["seconds"]), means[trial.row, trial.seed])
-            costs.setdefault(trial.row, []).append(cost)
+            costs.setdefault(label(trial), []).append(cost)
     return costs
 
 

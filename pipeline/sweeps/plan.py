@@ -14,7 +14,7 @@ from pipeline.config.sweep import METHOD, SEED, OptunaSearch, Sweep
 from pipeline.errors import ConfigError
 from pipeline.plan import Plan, check_inputs, plan_experiment
 from pipeline.stages.compare import ComparePlan, Trial, plan_comparison
-from pipeline.sweeps.points import Point
+from pipeline.sweeps.points import Point, fixed_points
 
 _OF_ONE_METHOD = ("methods", "train", "alpha", "fair", "validation", "cache", METHOD, SEED)
 """What a model that is not trained here does not depend on."""
@@ -71,6 +71,32 @@ def base_settings(sweep: Sweep, overrides: Sequence[str]) -> dict[str, Any]:
             sweep.name,
         )
     return raw
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a sweep before anything runs.
+
+    Attributes:
+        plan: every trial; of a search that chooses by results, the base's.
+        comparison: of these trials.
+        whole: whether there are no others.
+    """
+
+    plan: SweepPlan
+    comparison: ComparePlan
+    whole: bool
+
+
+def plan_known(sweep: Sweep, overrides: Sequence[str], run_dir: Path) -> Known:
+    """Plan as much of a sweep as is known before it runs.
+
+    Raises:
+        ConfigError: see `base_settings` and `plan_points`.
+    """
+    base, points = base_settings(sweep, overrides), fixed_points(sweep)
+    plan = plan_points(sweep, base, points or [{}], run_dir)
+    return Known(plan, plan_sweep_comparison(sweep, base, plan.trials, run_dir), whole=bool(points))
 
 
 def plan_points(sweep: Sweep, base: dict[str, Any], points: Sequence[Point], run_dir: Path) -> SweepPlan:
