@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -120,7 +120,7 @@ def feed(
     layers: Sequence[int],
     sampler: Sampler | None = None,
     share: Share = Share(),  # noqa: B008
-) -> Iterator[StepInput]:
+) -> Generator[StepInput]:
     """Inputs of the steps from `first` on; while a step computes, a thread collates and reads the next one's.
 
     Args:

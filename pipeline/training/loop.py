@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -166,82 +167,86 @@ def train(
         layers=teacher_layers(objective, teacher.lens.num_layers) if teacher else (), sampler=sampler,
         share=Share() if group is None else Share(group.rank, group.size),
     )  # fmt: skip
-    for started, inputs in _timed(steps):
-        step, micro = inputs.step, inputs.micro_batches
-        rate = learning_rate(
-            step, total, schedule=settings.schedule, peak=settings.learning_rate,
-            floor=settings.min_learning_rate, warmup=settings.warmup_steps,
-        )  # fmt: skip
-        set_learning_rate(optimizer, rate)
-        student.model.train()
-        if group is not None:
-            torch.manual_seed(_own_seed(settings.seed, step, group.rank))
+    # However this ends, the thread that prepares the next step ends with it.
+    with contextlib.closing(steps):
+        for started, inputs in _timed(steps):
+            step, micro = inputs.step, inputs.micro_batches
+            rate = learning_rate(
+                step, total, schedule=settings.schedule, peak=settings.learning_rate,
+                floor=settings.min_learning_rate, warmup=settings.warmup_steps,
+            )  # fmt: skip
+            set_learning_rate(optimizer, rate)
+            student.model.train()
+            if group is not None:
+                torch.manual_seed(_own_seed(settings.seed, step, group.rank))
 
-        def compute(micro: Sequence[Batch], signals: Sequence[TeacherSignal] | None, step: int = step) -> dict[str, float]:
-            return optimizer_step(
-                student,
-                teacher,
-                objective,
-                micro,
-                optimizer,
-                max_grad_norm=settings.max_grad_norm,
-                autocast=settings.autocast,
-                backend=settings.backend,
-                signals=signals,
-                draw=step + (settings.seed << 32),
-                replica=replica,
-            )
+            def compute(micro: Sequence[Batch], signals: Sequence[TeacherSignal] | None, step: int = step) -> dict[str, float]:
+                return optimizer_step(
+                    student,
+                    teacher,
+                    objective,
+                    micro,
+                    optimizer,
+                    max_grad_norm=settings.max_grad_norm,
+                    autocast=settings.autocast,
+                    backend=settings.backend,
+                    signals=signals,
+                    draw=step + (settings.seed << 32),
+                    replica=replica,
+                )
 
-        if limit is not None:
-            micro = _at_most(limit, micro)
-        signals = inputs.signals if limit is None else None
-        before = checkpoint.rng_state() if halves else {}
-        updating.clear()
-        losses: dict[str, float] = {}
-        while not losses:
-            try:
-                losses = compute(micro, signals)
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                largest = max(len(part.example_ids) for part in micro)
-                # Once the update has begun, some weights may be those of the next step.
-                if not halves or limit is not None or largest == 1 or updating:
-                    what = f"no memory for {largest} rows in one pass ({str(error).splitlines()[0]})"
-                    fix = "set train.micro_batch_size lower, or train.halve_micro_batch_on_oom=true"
-                    raise _failure(inputs, rows, folder, saved, what, fix) from error
-                limit = math.ceil(largest / 2)
-                log.warning("step %d: no memory for %d rows in one pass; going on with %d", step + 1, largest, limit)
-            if not losses:  # outside the handler, whose error holds on to the memory of the failed pass
-                for module in student.modules:
-                    module.zero_grad(set_to_none=True)
-                checkpoint.restore_rng(before)
-                assert limit is not None
-                micro, signals = _at_most(limit, micro), None
-        tokens = sum(int(part.attention_mask.sum()) for part in micro if sum(part.response_counts))
-        losses, tokens, stopping = _together(group, losses, tokens, stop())
-        bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
-        if bad:
-            raise _failure(
-                inputs, rows, folder, saved, f"{bad} is not finite", "lower train.learning_rate or look at these rows"
-            )
-        seconds = time.perf_counter() - started
-        progress = replace(progress, step=step + 1, tokens=progress.tokens + tokens, seconds=progress.seconds + seconds)
-        values = {f"train/{name}": value for name, value in losses.items()}
-        values |= {"train/learning_rate": rate, "train/tokens_per_second": tokens / seconds}
-        if sampler is not None:
-            values["train/on_policy"] = float(inputs.sampled)
-        metrics.write(step + 1, values)
-        on_step(step + 1, values)
-        due = _validates(step + 1, total, per_epoch, settings.validate_every)
-        if stopping:
-            progress = replace(progress, due=due)
-            save()
-            raise Stopped(f"stopped after step {step + 1} of {total}, with a checkpoint; run the same command again to go on")
-        if due:
-            progress = _validate(student, progress, settings.select, validate, save_model, folder, metrics, first)
-        if (step + 1) % settings.checkpoint_every == 0 or step + 1 == total:
-            save()
+            if limit is not None:
+                micro = _at_most(limit, micro)
+            signals = inputs.signals if limit is None else None
+            before = checkpoint.rng_state() if halves else {}
+            updating.clear()
+            losses: dict[str, float] = {}
+            while not losses:
+                try:
+                    losses = compute(micro, signals)
+                except (MemoryError, RuntimeError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    largest = max(len(part.example_ids) for part in micro)
+                    # Once the update has begun, some weights may be those of the next step.
+                    if not halves or limit is not None or largest == 1 or updating:
+                        what = f"no memory for {largest} rows in one pass ({str(error).splitlines()[0]})"
+                        fix = "set train.micro_batch_size lower, or train.halve_micro_batch_on_oom=true"
+                        raise _failure(inputs, rows, folder, saved, what, fix) from error
+                    limit = math.ceil(largest / 2)
+                    log.warning("step %d: no memory for %d rows in one pass; going on with %d", step + 1, largest, limit)
+                if not losses:  # outside the handler, whose error holds on to the memory of the failed pass
+                    for module in student.modules:
+                        module.zero_grad(set_to_none=True)
+                    checkpoint.restore_rng(before)
+                    assert limit is not None
+                    micro, signals = _at_most(limit, micro), None
+            tokens = sum(int(part.attention_mask.sum()) for part in micro if sum(part.response_counts))
+            losses, tokens, stopping = _together(group, losses, tokens, stop())
+            bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
+            if bad:
+                raise _failure(
+                    inputs, rows, folder, saved, f"{bad} is not finite", "lower train.learning_rate or look at these rows"
+                )
+            seconds = time.perf_counter() - started
+            progress = replace(progress, step=step + 1, tokens=progress.tokens + tokens, seconds=progress.seconds + seconds)
+            values = {f"train/{name}": value for name, value in losses.items()}
+            values |= {"train/learning_rate": rate, "train/tokens_per_second": tokens / seconds}
+            if sampler is not None:
+                values["train/on_policy"] = float(inputs.sampled)
+            metrics.write(step + 1, values)
+            on_step(step + 1, values)
+            due = _validates(step + 1, total, per_epoch, settings.validate_every)
+            if stopping:
+                progress = replace(progress, due=due)
+                save()
+                raise Stopped(
+                    f"stopped after step {step + 1} of {total}, with a checkpoint; run the same command again to go on"
+                )
+            if due:
+                progress = _validate(student, progress, settings.select, validate, save_model, folder, metrics, first)
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == total:
+                save()
     assert progress.best_step is not None  # the last step always validates
     peak = peak_memory_gib(student.model.device)
     return Summary(

@@ -25,15 +25,29 @@ def never() -> bool:
     return False
 
 
+class _Flag:
+    """A flag for signal handlers. No Event: a handler can interrupt itself, and would then wait for the Event's lock for ever."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __call__(self) -> bool:
+        return self.raised
+
+
 def note_every_sigterm() -> StopAsked:
     """Note SIGTERM and SIGINT for the rest of the process's life, as often as they come.
 
     For processes whose parent ends them: a signal to a whole group of processes reaches them twice, through it and directly.
     """
-    asked = threading.Event()
+    asked = _Flag()
+
+    def note(_: int, __: FrameType | None) -> None:
+        asked.raised = True
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked.set())
-    return asked.is_set
+        signal.signal(number, note)
+    return asked
 
 
 @contextlib.contextmanager
@@ -42,19 +56,19 @@ def stop_on_sigterm() -> Iterator[StopAsked]:
 
     Python gives signals to the main thread alone, so in any other this does nothing, and the first SIGTERM ends the process.
     """
-    asked = threading.Event()
+    asked = _Flag()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield asked
         return
     before = signal.getsignal(signal.SIGTERM)
     before = signal.SIG_DFL if before is None else before  # None: installed by something else than Python
 
     def note(_: int, __: FrameType | None) -> None:
-        asked.set()
+        asked.raised = True
         signal.signal(signal.SIGTERM, before)
 
     signal.signal(signal.SIGTERM, note)
     try:
-        yield asked.is_set
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +158,7 @@ def test_a_run_asked_to_stop_ends_after_its_step_and_goes_on_as_if_it_never_had(
     with pytest.raises(Stopped, match=f"after step {asked_at} of 6, with a checkpoint") as stopped:
         run(tmp_path / "cut", objective, trained=student(objective, dropout=0.1), asked_at=asked_at, scores=[2.0, 3.0])
     assert stopped.value.exit_code == 143
+    assert not any(thread.name.startswith("feed") for thread in threading.enumerate())  # though the error is held on to
     assert [r["step"] for r in records(tmp_path / "cut") if "train/loss" in r["metrics"]] == list(range(1, asked_at + 1))
     assert [r["step"] for r in records(tmp_path / "cut") if "dev/loss" in r["metrics"]] == ([3] if asked_at > 3 else [])
     torch.manual_seed(99)
