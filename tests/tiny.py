@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,34 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from pipeline.training.loop import Settings
+
 WORDS = "the cat sat on a mat and saw red blue green birds fly over hills while rain fell softly in town".split()
+
+_SETTINGS = Settings(
+    seed=3,
+    epochs=None,
+    max_steps=6,
+    batch_size=4,
+    micro_batch_size=4,
+    learning_rate=5e-3,
+    min_learning_rate=0.0,
+    schedule="cosine",
+    warmup_steps=1,
+    weight_decay=0.01,
+    betas=(0.9, 0.999),
+    max_grad_norm=1.0,
+    autocast=None,
+    checkpoint_every=2,
+    validate_every=3,
+    select="last",
+    backend="eager",
+)
+
+
+def settings(**changes: Any) -> Settings:
+    """A short training of a tiny model."""
+    return replace(_SETTINGS, **changes)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

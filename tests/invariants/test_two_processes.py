@@ -34,7 +34,7 @@ from pipeline.stages import train as stage
 from pipeline.teacher.online import OnlineTeacher
 from pipeline.training.checkpoint import state_of
 from pipeline.training.launch import run_processes
-from pipeline.training.loop import OnStep, Settings, Summary, train
+from pipeline.training.loop import OnStep, Summary, train
 from pipeline.training.sharded import Division, Sharding, Zero
 from pipeline.training.step import Student, Teacher
 from pipeline.training.stopping import Stopped, never
@@ -47,25 +47,7 @@ OBJECTIVES = {
     "distilllens": Objective(1.0, "reverse_kl", lens=LensTerm(1.0, "jensen_shannon", PAIRS, True, "aligned", 0.5)),
 }
 # Seven rows by three: a last step of one row, which leaves the second process without any.
-SETTINGS = Settings(
-    seed=3,
-    epochs=None,
-    max_steps=7,
-    batch_size=3,
-    micro_batch_size=3,
-    learning_rate=5e-3,
-    min_learning_rate=0.0,
-    schedule="cosine",
-    warmup_steps=1,
-    weight_decay=0.01,
-    betas=(0.9, 0.999),
-    max_grad_norm=1.0,
-    autocast=None,
-    checkpoint_every=2,
-    validate_every=3,
-    select="last",
-    backend="eager",
-)
+SETTINGS = tiny.settings(max_steps=7, batch_size=3, micro_batch_size=3)
 
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None

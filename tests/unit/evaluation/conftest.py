@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from pipeline.data.examples import EncodedPrompt
 
 VOCABULARY, END, CONTEXT = 61, 60, 64
+_HEAD = 300  # rows of the heads in tests/tiny.py
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -79,3 +80,18 @@ def prompts() -> list[EncodedPrompt]:
         )
         for index, length in enumerate(lengths)
     ]
+
+
+@pytest.fixture
+def logit_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every product with a head from now on: how many positions' logits were held at a time."""
+    seen: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def watched(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight.shape[0] == _HEAD:
+            seen.append(states.shape[0])
+        return linear(states, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    return seen

@@ -25,31 +25,15 @@ from pipeline.models.lens import blocks, final_norm, logit_lens
 from pipeline.models.lora import add_lora, is_adapter, load_adapter, merge, save_adapter, trainable
 from pipeline.models.student import prune
 from pipeline.teacher.online import OnlineTeacher
-from pipeline.training.loop import Settings, train
+from pipeline.training.loop import train
 from pipeline.training.step import Student, Teacher, micro_batch_loss
 
 MODELS = {"llama": tiny.llama, "qwen2": tiny.qwen2, "gpt2": tiny.gpt2}
 LINEAR_LAYERS = {"llama": 7, "qwen2": 7, "gpt2": 4}
 IDS = torch.tensor([[5, 9, 17, 30, 2]])
 DISTILLLENS = Objective(1.0, "reverse_kl", lens=LensTerm(1.0, "jensen_shannon", ((1, 2), (2, 4)), False, "aligned"))
-SETTINGS = Settings(
-    seed=3,
-    epochs=None,
-    max_steps=5,
-    batch_size=4,
-    micro_batch_size=2,
-    learning_rate=2e-2,
-    min_learning_rate=0.0,
-    schedule="cosine",
-    warmup_steps=0,
-    weight_decay=0.1,
-    betas=(0.9, 0.999),
-    max_grad_norm=1.0,
-    autocast=None,
-    checkpoint_every=2,
-    validate_every=None,
-    select="last",
-    backend="eager",
+SETTINGS = tiny.settings(
+    max_steps=5, micro_batch_size=2, learning_rate=2e-2, warmup_steps=0, weight_decay=0.1, validate_every=None
 )
 
 

@@ -23,25 +23,7 @@ from pipeline.training.optim import adamw, learning_rate
 from pipeline.training.step import Student, Teacher
 from pipeline.training.stopping import Stopped
 
-SETTINGS = Settings(
-    seed=3,
-    epochs=None,
-    max_steps=6,
-    batch_size=4,
-    micro_batch_size=4,
-    learning_rate=5e-3,
-    min_learning_rate=0.0,
-    schedule="cosine",
-    warmup_steps=1,
-    weight_decay=0.01,
-    betas=(0.9, 0.999),
-    max_grad_norm=1.0,
-    autocast=None,
-    checkpoint_every=2,
-    validate_every=3,
-    select="loss",
-    backend="eager",
-)
+SETTINGS = tiny.settings(select="loss")
 PAIRS = ((1, 2), (2, 4))
 OBJECTIVES = {
     "sft": Objective(0.0),
