@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -13,17 +14,16 @@ import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from uuid import UUID
 
 from pipeline.errors import PipelineError
 from pipeline.locks import exclusive
-from pipeline.processes import run_process
+from pipeline.processes import Outcome, run_process
 
 log = logging.getLogger(__name__)
-_RECORDING_SECONDS = 15.0
 _START_SECONDS = 120.0
+_RESTARTS = 3
 _UNTIL_PARENT_DIES = (
     "from pipeline.processes import die_with_parent as d; d(); import os, sys; os.execv(sys.executable, sys.argv[1:])"
 )
@@ -39,10 +39,8 @@ class ServerFailed(PipelineError):
 def engine(run_dir: Path) -> Iterator[None]:
     """Prefect for the flows of this process: the user's server, or one of our own for as long as this lasts.
 
-    Prefect would start one too, but that outlives a process that is killed.
-
-    Raises:
-        ServerFailed: our own does not start.
+    Prefect would start one too, but that outlives a process that is killed. If ours does not start, its address stands all
+    the same, and the flows find out that nobody answers there (`flows.outage`).
     """
     configure_prefect(run_dir)
     if users_server() is not None:
@@ -58,7 +56,11 @@ def engine(run_dir: Path) -> Iterator[None]:
     output = run_dir.resolve() / ".prefect" / "server.log"
     environment = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
     address = f"http://127.0.0.1:{port}/api"
-    with server_process(command, environment, address, output):
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(server_process(command, environment, address, output))
+        except ServerFailed as error:
+            log.info("%s", error)
         os.environ["PREFECT_API_URL"] = address
         try:
             yield
@@ -68,7 +70,7 @@ def engine(run_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def server_process(command: Sequence[str], environment: dict[str, str], address: str, output: Path) -> Iterator[None]:
-    """A Prefect server that ends with this process, however that ends.
+    """A Prefect server that ends with this process, however that ends; if it dies before, it is started again a few times.
 
     Args:
         command: what starts it.
@@ -79,14 +81,17 @@ def server_process(command: Sequence[str], environment: dict[str, str], address:
     Raises:
         ServerFailed: it does not answer in time.
     """
-    stop = threading.Event()
-    arguments = ([sys.executable, "-c", _UNTIL_PARENT_DIES, *command], output, environment, None, stop)
-    thread = threading.Thread(target=run_process, args=arguments, name="prefect-server")
+    stop, healthy = threading.Event(), threading.Event()
+    start = functools.partial(
+        run_process, [sys.executable, "-c", _UNTIL_PARENT_DIES, *command], output, environment, None, stop
+    )
+    thread = threading.Thread(target=_keep_running, args=(start, healthy, stop), name="prefect-server")
     try:
         # Servers of one run directory share a database, which two at once would both migrate.
         with exclusive(output.with_name("server-start")):
             thread.start()
             _wait_until_healthy(address, thread, output)
+        healthy.set()
         yield
     finally:
         stop.set()
@@ -94,12 +99,20 @@ def server_process(command: Sequence[str], environment: dict[str, str], address:
             thread.join()
 
 
+def _keep_running(start: Callable[[], Outcome], healthy: threading.Event, stop: threading.Event) -> None:
+    for _ in range(_RESTARTS + 1):
+        outcome = start()
+        if stop.is_set() or not healthy.is_set():
+            return
+        log.info("the Prefect server ended with code %d", outcome.code)
+
+
 def _wait_until_healthy(address: str, thread: threading.Thread, output: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while thread.is_alive() and time.monotonic() < deadline:
         with contextlib.suppress(urllib.error.URLError, TimeoutError, ConnectionError):
-            if direct.open(f"{address}/health", timeout=2.0).status == 200:
+            if direct.open(f"{address}/health", timeout=10.0).status == 200:
                 return
         time.sleep(0.2)
     raise ServerFailed(f"the Prefect server did not start; it says why in {output}")
@@ -148,18 +161,3 @@ def users_server() -> str | None:
     active = content.get("profiles", {}).get(content.get("active", ""), {})
     url = active.get("PREFECT_API_URL")
     return str(url) if url else None
-
-
-def wait_for_recording(flow_run_id: UUID, tasks: int) -> None:
-    """Wait until the server has all `tasks` task runs of a flow run in their final state; it records them with a delay."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-
-    deadline = time.monotonic() + _RECORDING_SECONDS
-    with get_client(sync_client=True) as client:
-        while time.monotonic() < deadline:
-            runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])), limit=200)
-            if len(runs) >= tasks and all(run.state is not None and run.state.is_final() for run in runs):
-                return
-            time.sleep(0.3)
-    log.warning("Prefect had not recorded every task run after %.0f s", _RECORDING_SECONDS)

@@ -21,8 +21,8 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelled, Crashed
 
 from pipeline.locks import is_gone, this_process
-from pipeline.tracking import PROCESS, configure_mlflow
-from tasks.record import stage_experiment
+from pipeline.remote import reason
+from pipeline.tracking import PROCESS, configure_mlflow, stage_experiment
 
 log = logging.getLogger(__name__)
 _PAGE = 200
@@ -116,7 +116,7 @@ def kill_orphans(run_dir: Path, experiments: Iterable[str]) -> list[str]:
                 log.warning("MLflow run %s: killed, its process (%s) is gone", run.info.run_name, process)
                 killed.append(run.info.run_name)
     except MlflowException as error:  # serving does not depend on it, and the next start tries again
-        log.warning("MLflow: cannot look for runs of processes that are gone: %s", str(error).strip().splitlines()[0])
+        log.warning("MLflow: cannot look for runs of processes that are gone: %s", reason(error))
     return killed
 
 

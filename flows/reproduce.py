@@ -8,15 +8,15 @@ from uuid import UUID
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.engine import wait_for_recording
 from flows.inputs import Made, make_generations, make_models, make_rows
+from flows.outage import wait_for_recording
 from pipeline.config import load_experiment
 from pipeline.plan import Plan, plan_experiment
 from pipeline.stages.compare import Trial
 from pipeline.tracked import mark_tracked
 from pipeline.tracking import MLflowTracker, Tracker, tracked
 from pipeline.training.device import flush_denormals
-from pipeline.trial import finish_trial, is_delivered, trial_facts
+from pipeline.trial import finish_trial, is_told, trial_facts
 from tasks.compare import compare
 from tasks.evaluate import evaluate
 from tasks.lens_profile import profile_lens
@@ -38,9 +38,9 @@ def reproduce(config: str, overrides: list[str], run_dir: str, until: str = "com
     flush_denormals()
     plan = plan_experiment(load_experiment(Path(config), overrides), Path(run_dir))
     plan.write_config()
-    tracker = MLflowTracker(plan.run_dir, plan.experiment.name)
-    run_stages(plan, tracker, until)
-    if until == STAGES[-1] and not tracker.failures:
+    with MLflowTracker(plan.run_dir, plan.experiment.name) as tracker:
+        run_stages(plan, tracker, until)
+    if until == STAGES[-1] and tracker.complete:
         mark_tracked(plan.comparison, plan.run_dir)
 
 
@@ -64,7 +64,7 @@ def run_stages(plan: Plan, tracker: Tracker, until: str) -> None:
 
 def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, str], evaluates: bool) -> int:
     """One row of the comparison, as one flat run; returns the number of tasks that ran."""
-    if is_delivered(trial, tracker):
+    if is_told(trial, tracker):
         return 0
     run_id = tracker.start(trial_facts(plan, trial, stage_runs))
     with tracked(tracker, run_id):
@@ -74,5 +74,5 @@ def run_trial(plan: Plan, trial: Trial, tracker: Tracker, stage_runs: dict[str, 
             evaluate(trial, run_id, tracker)
             if trial.profile is not None:
                 profile_lens(trial.profile, run_id, tracker)
-            finish_trial(trial, plan.config_path, run_id, tracker, stage_runs)
+            finish_trial(trial, plan.config_path, run_id, tracker, stage_runs, plan.experiment.tracking.log_models)
     return (trial.train is not None) + evaluates * (1 + (trial.profile is not None))

@@ -20,6 +20,7 @@ from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import httpx
 from prefect import Flow, flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -28,6 +29,7 @@ from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLi
 from prefect.deployments.runner import RunnerDeployment
 from prefect.exceptions import CancelledRun, FailedRun, ObjectNotFound
 from prefect.runner import Runner
+from prefect.runner._scheduled_run_poller import ScheduledRunPoller
 from prefect.runtime import flow_run
 from prefect.schedules import Cron as PrefectCron
 from prefect.schedules import Interval as PrefectInterval
@@ -45,6 +47,7 @@ from prefect.workers.process import ProcessWorker
 
 from flows.automations import HEARTBEAT_SECONDS, ensure_zombie_automation
 from flows.engine import configure_prefect, server_process, users_server
+from flows.outage import tell
 from flows.reconcile import crash_orphans, kill_orphans, own_flow_run, skip_late, too_late
 from flows.trial import trial
 from pipeline.artifacts import write_text_atomically
@@ -109,6 +112,8 @@ def _carry_out(settings: Parameters, work: Callable[[], str]) -> State[Any]:
         return _short(Cancelled(message=str(error)))
     except PipelineError as error:  # a state instead of the exception: the message, without a traceback around it
         return _short(Failed(message=str(error)))
+    finally:
+        tell()
 
 
 def _short(state: State[Any]) -> State[Any]:
@@ -245,9 +250,30 @@ def main(config_path: Path, run_dir: Path | None = None, work_pool: str | None =
             kill_orphans(store, experiments)
         print(_greeting(settings, address, work_pool), flush=True)
         if work_pool is None:
+            _outlast_outages()
             asyncio.run(_execute(runner))
         elif users_server() is None:
             threading.Event().wait()
+
+
+def _outlast_outages() -> None:
+    """Let the service wait for the API: Prefect 3.8 gives it up, with the runs at work, at the third failure in a row."""
+    poll, away = ScheduledRunPoller._get_and_submit_flow_runs, False
+
+    async def patiently(self: ScheduledRunPoller, task_group: Any = None) -> None:
+        nonlocal away
+        try:
+            await poll(self, task_group)
+        except httpx.HTTPError as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+                raise
+            if not away:
+                log.warning("the Prefect API does not answer (%s); runs at work go on, others start when it is back", error)
+            away = True
+        else:
+            away = False
+
+    ScheduledRunPoller._get_and_submit_flow_runs = patiently  # type: ignore[method-assign]
 
 
 async def _execute(runner: Runner) -> None:
@@ -287,7 +313,8 @@ def set_paused(name: str, paused: bool, run_dir: Path | None = None) -> str:
         chosen = [full for full in known if name in (full, full.partition("/")[2])]
         if len(chosen) != 1:
             raise ConfigError(
-                f"{name!r} is {'more than one' if chosen else 'no'} deployment (there are: {', '.join(known) or '-'})"
+                f"{name!r} is {'more than one' if chosen else 'no'} deployment (there are: {', '.join(known) or '-'}); "
+                "give one of them"
             )
         (client.pause_deployment if paused else client.resume_deployment)(known[chosen[0]])
     return chosen[0]

@@ -13,12 +13,11 @@ from typing import Any
 from uuid import UUID
 
 from prefect import Task, flow
-from prefect.artifacts import create_markdown_artifact
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 
-from flows.engine import wait_for_recording
 from flows.inputs import Made, make_generations, make_models, make_rows
+from flows.outage import wait_for_recording
 from flows.runners import task_runner
 from pipeline.config.loading import load_sweep
 from pipeline.config.sweep import Sweep, WorkPoolEngine
@@ -40,9 +39,10 @@ from pipeline.sweeps.slots import Slot, sweep_slots
 from pipeline.tracked import mark_tracked
 from pipeline.tracking import MLflowTracker, Tracker
 from pipeline.training.device import flush_denormals
-from pipeline.trial import is_delivered
+from pipeline.trial import is_told
 from pipeline.worker import spec_of
 from tasks.compare import compare
+from tasks.pages import show_page
 from tasks.trial import let_trials_run, run_trial, run_trial_elsewhere, stop_trials, tried_again
 
 log = logging.getLogger(__name__)
@@ -84,31 +84,30 @@ def sweep(config: str, overrides: list[str], run_dir: str, accept: bool = False)
     settings, folder, ledger = load_sweep(Path(config)), Path(run_dir), Ledger()
     base = base_settings(settings, overrides)
     write_config(folder / settings.name / "config.yaml", base_experiment(base))
-    tracker = MLflowTracker(folder, settings.name)
     deadline = time.monotonic() + settings.budget.hours * 3600 if settings.budget.hours else None
 
-    def batch(points: Sequence[Point]) -> list[float | None] | None:
-        plan = plan_points(settings, base, points, folder)
-        run_missing(settings, plan, tracker, ledger, deadline)
-        if ledger.left:
-            return None  # the budget is spent
-        return [objective([plan.trials[index] for index in rows]) for rows in plan.rows]
+    with MLflowTracker(folder, settings.name) as tracker:
 
-    search(settings, batch, minimises(base))
-    outcome = ledger.outcome()
-    comparison, regressed = plan_sweep_comparison(settings, base, outcome.finished, folder), list[str]()
-    if outcome.finished:
-        compare(comparison, tracker)
-        ledger.made["compare"] = ""
-        check = check_accepted(outcome.finished, folder, settings.name, accept)
-        if check.changed or check.not_comparable:
-            create_markdown_artifact(
-                key=f"accepted-{comparison.place.fingerprint}", markdown=check.markdown(),
-                description=f"{settings.name}: against the last accepted scores",
-            )  # fmt: skip
-        regressed = [] if accept else [drop.text() for drop in check.regressed]
-        if not (outcome.failed or outcome.left or tracker.failures):
-            mark_tracked(comparison, folder)
+        def batch(points: Sequence[Point]) -> list[float | None] | None:
+            plan = plan_points(settings, base, points, folder)
+            run_missing(settings, plan, tracker, ledger, deadline)
+            if ledger.left:
+                return None  # the budget is spent
+            return [objective([plan.trials[index] for index in rows]) for rows in plan.rows]
+
+        search(settings, batch, minimises(base))
+        outcome = ledger.outcome()
+        comparison, regressed = plan_sweep_comparison(settings, base, outcome.finished, folder), list[str]()
+        if outcome.finished:
+            compare(comparison, tracker)
+            ledger.made["compare"] = ""
+            check = check_accepted(outcome.finished, folder, settings.name, accept)
+            if check.changed or check.not_comparable:
+                title = f"{settings.name}: against the last accepted scores"
+                show_page(f"accepted-{comparison.place.fingerprint}", title, check.markdown())
+            regressed = [] if accept else [drop.text() for drop in check.regressed]
+    if outcome.finished and not (outcome.failed or outcome.left) and tracker.complete:
+        mark_tracked(comparison, folder)
     if flow_run.id is not None:
         wait_for_recording(UUID(str(flow_run.id)), len(ledger.made) + ledger.started)
     log.info("%s", outcome.text())
@@ -127,7 +126,7 @@ def run_missing(settings: Sweep, plan: SweepPlan, tracker: Tracker, ledger: Ledg
     fresh = {f"{trial.fingerprint} {trial.trial.name}": trial for trial in plan.trials}
     fresh = {key: trial for key, trial in fresh.items() if key not in ledger.seen}
     ledger.seen |= fresh
-    waiting = deque(trial for trial in fresh.values() if not is_delivered(trial.trial, tracker))
+    waiting = deque(trial for trial in fresh.values() if not is_told(trial.trial, tracker))
     if not waiting:
         return
     stage_runs = {id(trial.plan): _inputs(trial, tracker, ledger.made) for trial in waiting}

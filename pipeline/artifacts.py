@@ -3,9 +3,11 @@
 The fingerprint is known before anything runs: a hash of the stage's name and code version, its recipe (the settings
 and the digests of external inputs) and its upstream fingerprints. Same fingerprint and complete → reused.
 
-Durability: a name is given only to what is on disk already. Files are synced before the manifest that names them, a
-folder's entries before the folder is renamed, and the parent folder after the rename. A power failure that loses a
-rename therefore leaves the old name with all of its content; none ever shows a new name with less.
+Durability: a name is given only to what is on disk already. A file is synced before anything names it (a manifest, a
+ledger, a checkpoint, a rename), a folder's entries before the folder is renamed, the parent folder after the rename and
+before what the rename replaces is removed. A power failure that loses a rename therefore leaves the old name with all of
+its content, from which the next run goes on; none ever shows a new name with less. On a file system that breaks this
+promise, sizes and checksums tell. Locks and leases are not synced: after a power failure none of their holders lives.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.errors import ArtifactError, PipelineError
@@ -146,14 +148,35 @@ def artifact_path(root: Path, stage: str, fingerprint: str) -> Path:
     return root / stage / fingerprint
 
 
+def parse_manifest(content: bytes) -> Manifest:
+    """What a manifest says; no file that it names is outside the artifact's folder.
+
+    Raises:
+        ValueError, TypeError, AttributeError, RecursionError: it is no manifest.
+    """
+    manifest = Manifest(**json.loads(content))
+    if not all(isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys() for facts in manifest.files.values()):
+        raise ValueError("a file without size and checksum")
+    for name in manifest.files:
+        parts = PurePosixPath(name).parts
+        plain = bool(parts) and name == "/".join(parts) and "\\" not in name and "\0" not in name
+        if not plain or ".." in parts or parts[0] == "/" or name == MANIFEST:
+            raise ValueError(f"names a file {name!r}, which is not inside the artifact")
+    return manifest
+
+
 def find(path: Path, fingerprint: str) -> Artifact | None:
     """The artifact at `path` if it is complete and has this fingerprint; None if nothing is there.
 
+    The folder itself, and those above it, may be symbolic links; nothing inside it may lead out of it.
+
     Raises:
-        ArtifactError: something is there, but it is another artifact or its manifest or a file is damaged or missing.
+        ArtifactError: something is there, but it is another artifact, or its manifest or a file is damaged, missing or a link
+            to something outside.
     """
     if not path.exists():
         return None
+    _refuse_links_out(path)
     manifest = _read_manifest(path)
     if manifest.fingerprint != fingerprint:
         raise ArtifactError(
@@ -185,7 +208,7 @@ def open_or_fail(path: Path, fingerprint: str | None = None) -> Artifact:
     """
     artifact = find(path, fingerprint or _read_manifest(path).fingerprint)
     if artifact is None:
-        raise ArtifactError(f"{path}: no such artifact")
+        raise ArtifactError(f"{path}: no such artifact; run the command that makes it")
     for name, facts in artifact.manifest.files.items():
         if file_digest(path / name) != facts["sha256"]:
             raise ArtifactError(f"{path / name}: checksum differs; remove {path} and run again to rebuild it")
@@ -203,7 +226,7 @@ def partial_folder(final: Path) -> Iterator[Path]:
     """
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        _make_durable_folder(final.parent)
         with exclusive(final.with_name(final.name + ".lock")):
             partial.mkdir(exist_ok=True)
             # Killed while it wrote a text file, a process leaves the part that it had; nobody else writes here now.
@@ -251,22 +274,24 @@ def commit(
         created=time.time(),
         seconds=seconds,
     )
-    for name in files:
-        sync(partial / name)
+    sync_all(partial)
     text = seal(json.dumps(asdict(manifest), indent=1, sort_keys=True, default=str).encode()).decode()
     write_text_atomically(partial / MANIFEST, text)
-    for folder in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
-        sync(folder)
+    discarded = final.with_name(final.name + ".discarded")
     if final.exists():
-        discarded = final.with_name(final.name + ".discarded")
         shutil.rmtree(discarded, ignore_errors=True)
         os.rename(final, discarded)
-        os.rename(partial, final)
-        shutil.rmtree(discarded)
-    else:
-        os.rename(partial, final)
+    os.rename(partial, final)
     sync(final.parent)
+    if discarded.exists():
+        shutil.rmtree(discarded)
     return Artifact(final, _read_manifest(final))
+
+
+def sync_all(folder: Path) -> None:
+    """Make a folder and everything in it durable, so that it can be renamed."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def sync(path: Path) -> None:
@@ -274,6 +299,10 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a folder, and keep its names by themselves.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -289,16 +318,36 @@ def write_text_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def _make_durable_folder(path: Path) -> None:
+    if not path.is_dir():
+        _make_durable_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def _refuse_links_out(path: Path) -> None:
+    """Also of files that no manifest names: libraries look for some by themselves."""
+    root = os.path.realpath(path)
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            entry = os.path.join(folder, name)
+            if os.path.islink(entry) and not Path(os.path.realpath(entry)).is_relative_to(root):
+                raise ArtifactError(
+                    f"{entry}: a symbolic link out of the artifact; put the file itself there, or remove {path} and run again "
+                    "to rebuild it"
+                )
+
+
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
         content = file.read_bytes()
-        manifest = Manifest(**json.loads(content))
+        manifest = parse_manifest(content)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no {MANIFEST}, so this is not a finished artifact; remove it to rebuild it") from None
     except OSError as error:
-        raise ArtifactError(f"{file}: cannot be read ({error.strerror or error})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror or error}); check its permissions") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{file}: not a manifest ({error}); remove {path} to rebuild it") from None
     if manifest.sealed_by != UNSEALED and not is_sealed(content):
         raise ArtifactError(f"{file}: checksum differs; remove {path} and run again to rebuild it")

@@ -16,6 +16,7 @@ import typer
 from pipeline import __version__
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.processes import exit_on_sigterm
+from pipeline.terminal import log_to_terminal, plain
 
 if TYPE_CHECKING:
     from pipeline.plan import Plan
@@ -39,17 +40,18 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def main() -> None:
     """Entry point: turns expected failures into one message and an exit code."""
+    _use_utf8()
     # Threads that spin for long are many times slower beside other processes; threads that never spin take four times as long
     # over short operations. A short spin loses little either way (measured: 20 % alone, 25 % beside a busy process).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     exit_on_sigterm()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log_to_terminal("%(message)s")
     for name in ("pipeline", "flows"):
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         code = app(standalone_mode=False)
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(plain(f"error: {error}"), file=sys.stderr)
         code = error.exit_code
     except _UsageError as error:
         error.show()
@@ -58,6 +60,13 @@ def main() -> None:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130
     sys.exit(code or 0)
+
+
+def _use_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale has another encoding: texts and the names of files are UTF-8 here."""
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @app.callback(invoke_without_command=True)
@@ -106,9 +115,11 @@ def sweep(
     if accept or not (known.whole and is_tracked(comparison, run_dir)):
         check_points(known.plan)
         with _engine(run_dir):
+            from flows.outage import carry_out
             from flows.sweep import sweep as flow
 
-            comparison = flow(config=str(config), overrides=overrides, run_dir=str(run_dir), accept=accept).comparison
+            parameters = {"config": str(config), "overrides": overrides, "run_dir": str(run_dir), "accept": accept}
+            comparison = carry_out(flow, parameters).comparison
     _print_comparison(comparison, run_dir)
 
 
@@ -147,8 +158,46 @@ def evaluate(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirO
 
 
 @app.command()
-def compare(config: ConfigArgument, overrides: SetOption = [], run_dir: RunDirOption = RUNS) -> None:  # noqa: B006
-    """Write the comparison of a finished experiment again (`reproduce` does it too)."""
+def compare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG|RUN",
+            help="An experiment file (YAML), or finished comparisons: each a folder (RUN_DIR/NAME, its comparison, or a "
+            "RUN_DIR with one experiment) or mlflow:EXPERIMENT[@STORE], STORE being a tracking URI or another RUN_DIR.",
+        ),
+    ],
+    overrides: SetOption = [],  # noqa: B006
+    run_dir: RunDirOption = RUNS,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the report goes (default: RUN_DIR/NAME/comparison).")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Title of the report (default: compare-A-B).")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", metavar="ROW", help="Row or method that the others are compared with.")
+    ] = None,
+    mix_protocols: Annotated[
+        bool, typer.Option("--mix-protocols", help="Put scores by different protocols side by side, without tests across.")
+    ] = False,
+) -> None:
+    """Write the comparison of a finished experiment again (CONFIG), or one of several experiments and stores (RUN...)."""
+    if len(sources) == 1 and (sources[0].endswith((".yaml", ".yml")) or Path(sources[0]).is_file()):
+        if out or name or baseline or mix_protocols:
+            raise ConfigError("compare: --out, --name, --baseline and --mix-protocols go with RUN..., not CONFIG; remove them")
+        _compare_again(Path(sources[0]), overrides, run_dir)
+        return
+    if overrides:
+        raise ConfigError("compare: --set goes with CONFIG, not with RUN...; remove it")
+    from pipeline.reporting.sources import open_source
+    from pipeline.stages import merge as stage
+
+    records = [open_source(source, run_dir) for source in sources]
+    chosen = stage.check_name(name or stage.default_name(records))
+    artifact = stage.run(records, out or run_dir / chosen / "comparison", chosen, baseline, mix_protocols)
+    _print_report(artifact.path, chosen)
+
+
+def _compare_again(config: Path, overrides: list[str], run_dir: Path) -> None:
     from pipeline.stages import compare as stage
     from pipeline.stages.place import obtain
 
@@ -216,6 +265,30 @@ def export(
 
 
 @app.command()
+def register(
+    experiment: Annotated[str, typer.Argument(metavar="EXPERIMENT_OR_CONFIG", help="Its name, or its file (YAML).")],
+    name: Annotated[str, typer.Option("--as", metavar="NAME", help="Name of the registered model.")],
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="METRIC", help="Best by this (default: what checkpoints are selected by).")
+    ] = None,
+    run_dir: RunDirOption = RUNS,
+) -> None:
+    """Register the best trained student of an experiment in MLflow, with the alias best."""
+    from pipeline.registering import experiment_name, register_best
+    from pipeline.tracking import configure_mlflow
+
+    found = experiment_name(experiment)
+    own = "MLFLOW_TRACKING_URI" in os.environ
+    _check_tracked(run_dir)
+    store = configure_mlflow(run_dir)
+    from mlflow import MlflowClient
+
+    print(register_best(MlflowClient(store), run_dir, found, name, by))
+    where = "" if own else f" with MLFLOW_TRACKING_URI={store}"
+    print(f'load it: mlflow.transformers.load_model("models:/{name}@best"){where}')
+
+
+@app.command()
 def doctor(run_dir: RunDirOption = RUNS) -> None:
     """Tell what this machine can do, and what to do about each miss."""
     from rich.console import Console
@@ -253,6 +326,19 @@ def serve(
 
 
 @app.command()
+def deliver(run_dir: RunDirOption = RUNS) -> None:
+    """Deliver to MLflow what earlier commands could not, because its server was away or refused it."""
+    from pipeline import tracking
+
+    left = tracking.deliver(run_dir)
+    for name, records in left.items():
+        print(f"{name}: {f'{records} records are left' if records else 'delivered'}")
+    if not left:
+        print("nothing waits")
+    raise typer.Exit(1 if any(left.values()) else 0)
+
+
+@app.command()
 def ui(
     run_dir: RunDirOption = RUNS,
     port: Annotated[int, typer.Option(help="Loopback port.")] = 5000,
@@ -262,12 +348,10 @@ def ui(
 ) -> None:
     """Start the MLflow UI on a run directory's store (loopback only), and print where its leaderboard is."""
     from pipeline.leaderboard import VIEW, address, opening
+    from pipeline.remote import without_secrets
     from pipeline.tracking import configure_mlflow
 
-    if not (run_dir / "mlflow.db").is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
-        raise ConfigError(
-            f"--run-dir: {run_dir} has no mlflow.db; run `distilllens reproduce CONFIG --run-dir {run_dir}` first"
-        )
+    _check_tracked(run_dir)
     store = configure_mlflow(run_dir)
     from mlflow import MlflowClient
 
@@ -275,7 +359,7 @@ def ui(
     served = store.startswith(("http://", "https://"))  # by a server that is there already
     if not served:
         _check_port(port)
-    base = f"{store.rstrip('/')}/" if served else f"http://127.0.0.1:{port}/"
+    base = f"{without_secrets(store).rstrip('/')}/" if served else f"http://127.0.0.1:{port}/"
     end = "" if served else " (Ctrl-C ends it)"
     print(f"MLflow UI, {name}: {address(base, identity, **({'viewStateShareKey': VIEW} if preset else {}))}{end}", flush=True)
     if served:
@@ -283,6 +367,13 @@ def ui(
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     arguments = ["--backend-store-uri", store, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "server", *arguments])
+
+
+def _check_tracked(run_dir: Path) -> None:
+    if not (run_dir / "mlflow.db").is_file() and "MLFLOW_TRACKING_URI" not in os.environ:
+        raise ConfigError(
+            f"--run-dir: {run_dir} has no mlflow.db; run `distilllens reproduce CONFIG --run-dir {run_dir}` first"
+        )
 
 
 def _check_port(port: int) -> None:
@@ -330,9 +421,10 @@ def _run_until(stage: str, config: Path, overrides: list[str], run_dir: Path) ->
 
 def _run_flow(config: Path, overrides: list[str], run_dir: Path, until: str) -> None:
     with _engine(run_dir):
+        from flows.outage import carry_out
         from flows.reproduce import reproduce as flow
 
-        flow(config=str(config), overrides=overrides, run_dir=str(run_dir), until=until)
+        carry_out(flow, {"config": str(config), "overrides": overrides, "run_dir": str(run_dir), "until": until})
 
 
 @contextlib.contextmanager
@@ -349,22 +441,29 @@ def _engine(run_dir: Path) -> Iterator[None]:
 
 
 def _print_comparison(comparison: ComparePlan, run_dir: Path) -> None:
+    _print_report(comparison.place.path, comparison.experiment.name)
+    print(f"MLflow:  distilllens ui --run-dir {run_dir}")
+
+
+def _print_report(folder: Path, name: str) -> None:
     from rich.console import Console
 
     from pipeline.reporting.aggregate import result_rows, table
+    from pipeline.reporting.notes import mixing_warning, reading_notes
+    from pipeline.reporting.record import run_scores
+    from pipeline.reporting.record_files import read_facts
     from pipeline.reporting.render import terminal_table
-    from pipeline.stages.compare import HEADLINE, reading_notes, trial_scores
+    from pipeline.reporting.report import HEADLINE
 
-    console = Console(markup=False)
-    console.print(terminal_table(table(result_rows(trial_scores(comparison.trials))), f"{comparison.experiment.name}: ROUGE-L"))
-    console.print(f"\n{(comparison.place.path / HEADLINE).read_text(encoding='utf-8').strip()}\n", highlight=False)
-    for note in reading_notes(comparison):
+    facts, console = read_facts(folder), Console(markup=False)
+    console.print(terminal_table(table(result_rows(run_scores(facts))), f"{name}: ROUGE-L"))
+    for text in ((folder / HEADLINE).read_text(encoding="utf-8").strip(), mixing_warning(facts)):
+        if text:
+            console.print(f"\n{text}", highlight=False)
+    console.print()
+    for note in reading_notes(facts):
         console.print(f"  {note}", style="dim", highlight=False)
-    console.print(
-        f"\nreport:  {comparison.place.path / 'report.html'}\ntable:   {comparison.place.path / 'results.csv'}",
-        highlight=False,
-    )
-    console.print(f"MLflow:  distilllens ui --run-dir {run_dir}", highlight=False)
+    console.print(f"\nreport:  {folder / 'report.html'}\ntable:   {folder / 'results.csv'}", highlight=False)
 
 
 if __name__ == "__main__":

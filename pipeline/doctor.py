@@ -184,7 +184,7 @@ def _computing() -> list[Finding]:
         torch = importlib.import_module("torch")
     # An installation that does not fit the machine fails in its shared libraries.
     except (ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         advice = 'reinstall it: pip install --force-reinstall "torch>=2.9"'
         return [Finding("torch", "problem", f"cannot be imported ({reason})", advice)]
     return [_device(torch), _precision(torch), _compiler(torch), _threads(torch)]
@@ -371,9 +371,7 @@ def _mlflow_server(run_dir: Path) -> _Server | Finding:
         return Finding("MLflow", "ok", f"no store of your own: {run_dir / 'mlflow.db'}")
     if not uri.startswith(("http://", "https://")):
         return Finding("MLflow", "ok", f"store {_without_password(uri)} (a file or database: not asked)")
-    advice = (
-        "start that server, or unset MLFLOW_TRACKING_URI to use the store in the run directory; without it runs go on untracked"
-    )
+    advice = "start that server, or unset MLFLOW_TRACKING_URI to use the store in the run directory; without it runs go on, and are delivered later"
     return _Server("MLflow", f"{uri.rstrip('/')}/health", "GET", "note", advice)
 
 
@@ -397,7 +395,8 @@ def _ask(server: _Server) -> Finding:
     started = time.perf_counter()
     try:
         # The standard library's client, so that a missing package does not keep this command from saying so.
-        with urllib.request.urlopen(urllib.request.Request(server.url, method=server.method), timeout=_SERVER_SECONDS):
+        url = re.sub(r"//[^/@]*@", "//", server.url)  # this client would take a password for a part of the host's name
+        with urllib.request.urlopen(urllib.request.Request(url, method=server.method), timeout=_SERVER_SECONDS):
             milliseconds = 1000 * (time.perf_counter() - started)
     except urllib.error.HTTPError as error:
         return _unreachable(server, f"answers {error.code}")

@@ -74,7 +74,7 @@ def _tokens(plan: Plan) -> dict[str, str]:
 
 def _estimated_prompts(benchmark: BenchmarkPlan) -> int:
     """Rows before the filter, which needs the tokenizer, but not more than the sample takes."""
-    rows, sample = len(benchmark.rows.read()), benchmark.spec.sample
+    rows, sample = benchmark.rows.count(), benchmark.spec.sample
     return rows if sample is None else min(rows, sample.rows)
 
 
@@ -94,10 +94,13 @@ def _training_rows(plan: Plan) -> tuple[int, int, int]:
 
 
 def _estimated(rows: RowsPlan) -> tuple[int, int, int]:
-    examples = rows.read()
-    response = sum(len(example.references[0]) for example in examples) / _CHARACTERS_PER_TOKEN + len(examples)
-    prompt = sum(len(example.instruction) + len(example.input) for example in examples) / _CHARACTERS_PER_TOKEN
-    return len(examples), round(prompt + response + _TEMPLATE_TOKENS * len(examples)), round(response)
+    count = prompt = response = 0
+    for example in rows.open():
+        count += 1
+        prompt += len(example.instruction) + len(example.input)
+        response += len(example.references[0])
+    expected = response / _CHARACTERS_PER_TOKEN + count
+    return count, round(prompt / _CHARACTERS_PER_TOKEN + expected + _TEMPLATE_TOKENS * count), round(expected)
 
 
 def state_of(place: Place) -> str:

@@ -21,6 +21,7 @@ CURVES = ("dev/rouge_l", "dev/loss", "train/loss")
 IMAGES = "figures"
 """What the names of images begin with; a section of the UI's charts."""
 _CURVES_SECTION = "learning curves"
+_MODE = "workflowType=machine_learning"  # without it every page is laid out for language model applications
 _TAG_LENGTH = 5000  # MLflow's limit for one tag of an experiment
 
 
@@ -39,11 +40,15 @@ class Links:
     run: str
 
 
-def view_state(benchmarks: Sequence[str]) -> str:
+def view_state(benchmarks: Sequence[str], images: Sequence[str]) -> str:
     """The preset of the runs table and of the charts as the UI reads it: columns in order, best average first.
 
     Learning curves are the first charts, then the images, then everything else by name. MLflow 3.17 shares views in this
     form, which is not documented: a wrong value can break the page, and the browser tests watch over it.
+
+    Args:
+        benchmarks: their names.
+        images: names of the images that runs have, without what all begin with.
     """
     metrics = [
         f"eval/{AVERAGE}/rouge_l",
@@ -58,14 +63,20 @@ def view_state(benchmarks: Sequence[str]) -> str:
         {
             "selectedColumns": [*params, *scores],
             "columnOrder": ["attributes.`Run Name`", *params, *scores],
-            "columnWidths": {"attributes.`Run Name`": 190, **dict.fromkeys(params, 110), **dict.fromkeys(scores, 170)},
+            "columnWidths": {
+                "attributes.`Run Name`": 190,
+                **dict.fromkeys(params, 100),
+                params[1]: 200,
+                **dict.fromkeys(scores, 160),
+            },
             "orderByKey": scores[0],
             "orderByAsc": False,
             "runsHiddenMode": "SHOW_ALL",  # the charts of the compare view have every run, not the first ten
-            "compareRunSections": [_section(_CURVES_SECTION, 3, 360), _section(IMAGES, 2, 560)],
-            "compareRunCharts": [_line_chart(name) for name in CURVES],
+            "compareRunSections": [_section(_CURVES_SECTION, 2, 380), _section(IMAGES, 1, 720)],
+            "compareRunCharts": [*map(_line_chart, CURVES), *map(_image_grid, images)],
             "isAccordionReordered": True,
-        }
+        },
+        separators=(",", ":"),
     )
 
 
@@ -98,6 +109,20 @@ def _line_chart(metric: str) -> dict[str, Any]:
     }
 
 
+def _image_grid(name: str) -> dict[str, Any]:
+    key = f"{IMAGES}/{name}"
+    return {
+        "type": "IMAGE",
+        "uuid": key,
+        "metricSectionId": IMAGES,
+        "imageKeys": [key],
+        "step": 0,
+        "showRunParams": False,  # every setting of a run above its image leaves no room for the image
+        "deleted": False,
+        "isGenerated": True,
+    }
+
+
 def address(base: str, experiment: str, **query: str) -> str:
     """Where an experiment's runs are shown, in the UI's mode for trained models.
 
@@ -106,8 +131,8 @@ def address(base: str, experiment: str, **query: str) -> str:
         experiment: its id.
         query: what else is asked of the page.
     """
-    asked = {"workflowType": "machine_learning", **query}
-    return f"{base}#/experiments/{experiment}/runs?" + "&".join(f"{name}={value}" for name, value in asked.items())
+    asked = [_MODE, *(f"{name}={value}" for name, value in query.items())]
+    return f"{base}#/experiments/{experiment}/runs?" + "&".join(asked)
 
 
 def description(experiment: Experiment, headline: str, table: str, notes: Sequence[str], links: Links) -> str:
@@ -121,13 +146,13 @@ def description(experiment: Experiment, headline: str, table: str, notes: Sequen
         links: within the UI.
     """
     files = f"#/experiments/{links.stages}/runs/{links.run}/artifacts/comparison"
-    tables = [f"[{name}]({files}/generations_{name}.json)" for name in experiment.benchmarks]
+    tables = [f"[{name}]({files}/generations_{name}.json?{_MODE})" for name in experiment.benchmarks]
     parts = [
         f"**{headline}**" if headline else "",  # first, as the UI folds the rest away
         experiment.description.strip(),
         # The UI's Markdown has no underline, and the marks are explained in the report alone.
         table.replace("<u>", "").replace("</u>", "").strip(),
-        f"[Report]({files}/report.html) (figures, tests, limits, provenance) · "
+        f"[Report]({files}/report.html?{_MODE}) (figures, tests, limits, provenance) · "
         f"[leaderboard]({address('', links.experiment, viewStateShareKey=VIEW)}) · "
         f"[learning curves and images]({address('', links.experiment, compareRunsMode='CHART', viewStateShareKey=VIEW)}) · "
         f"generations side by side: {', '.join(tables)}",
@@ -151,7 +176,9 @@ def opening(client: Any, name: str | None) -> tuple[str, str, bool]:
     """
     known = {found.name: found for found in client.search_experiments() if found.name != "Default"}
     if name is not None and name not in known:
-        raise ConfigError(f"--experiment: {name!r} is not in this store; it has {', '.join(known) or 'no experiment yet'}")
+        raise ConfigError(
+            f"--experiment: {name!r} is not in this store; give one of those that are: {', '.join(known) or 'none yet'}"
+        )
     if not known:
         raise ConfigError("the store has no experiment yet; run `distilllens reproduce CONFIG` first")
     chosen = known[name] if name is not None else max(known.values(), key=_finished_last)

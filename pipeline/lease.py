@@ -65,7 +65,8 @@ class Lease:
         if content.get("token") != self.token:
             raise LeaseLost(
                 f"{self.folder.shown}/{self.where}: taken over by {_describe(content)} (number {number}), because this process "
-                f"did not renew it for {self.lifetime:g} seconds (was the machine asleep or cut off?)"
+                f"did not renew it for {self.lifetime:g} seconds (was the machine asleep or cut off?); run again to take "
+                "what the other made"
             )
 
     def write(self, beat: int, released: bool = False) -> None:

@@ -1,8 +1,13 @@
-"""One writer at a time, without flock: a lock file that names its owner, and a check whether that owner still lives."""
+"""One writer at a time, without flock: a lock file that names its owner, and a check whether that owner still lives.
+
+An owner is a process of a machine, told from later ones with its id by the kernel's start time. The age of a lock plays no
+role, and waiting is timed by the monotonic clock, so a clock that jumps changes nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -16,6 +21,7 @@ from pipeline.errors import ArtifactError
 
 log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
+_UNKNOWN = "unknown"
 
 
 def lock_path(path: Path) -> Path:
@@ -61,7 +67,8 @@ def _try_take(path: Path) -> bool:
     try:
         os.link(mine, path)
     except FileExistsError:
-        return False
+        # NFS repeats a request whose answer was lost, and the second one meets what the first one made.
+        return mine.stat().st_nlink == 2
     finally:
         mine.unlink()
     return True
@@ -69,8 +76,8 @@ def _try_take(path: Path) -> bool:
 
 def _read_owner(path: Path) -> dict[str, object] | None:
     try:
-        owner = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        owner = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
         return None
     return owner if isinstance(owner, dict) else None
 
@@ -79,7 +86,8 @@ def _alive(owner: dict[str, object]) -> bool:
     if owner.get("host") != socket.gethostname():
         return True  # another machine's process cannot be looked at from here
     pid = owner.get("pid")
-    return isinstance(pid, int) and _start_time(pid) is not None and _start_time(pid) == owner.get("start")
+    found = _start_time(pid) if isinstance(pid, int) and pid > 0 else None
+    return found is not None and found in (owner.get("start"), _UNKNOWN)
 
 
 def _remove_dead(path: Path, owner: dict[str, object]) -> None:
@@ -104,25 +112,35 @@ def this_process() -> str:
 def is_gone(process: str) -> bool:
     """Whether a process, as `this_process` named it, has ended; one of another machine counts as alive."""
     host, pid, start = process.rsplit(" ", 2)
-    return host == socket.gethostname() and _start_time(int(pid)) != start
+    return host == socket.gethostname() and _start_time(int(pid)) not in (start, _UNKNOWN)
 
 
 def _start_time(pid: int) -> str | None:
-    """Kernel start time of a process (jiffies since boot), None if there is no such process or it only waits to be reaped."""
+    """Kernel start time of a process: jiffies since boot, and which boot.
+
+    None if there is no such process or it only waits to be reaped; `_UNKNOWN` if existence is all that can be told.
+    """
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state[0] in "ZX" else state[19]
+        # Bytes: a process may have any name, and the kernel cuts it anywhere.
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
+        return None if state[0] in "ZX" else f"{state[19]}@{_boot()}"
     except (FileNotFoundError, ProcessLookupError, IndexError):
         pass
-    if Path("/proc/self").exists():
-        return None
-    try:  # no procfs: existence is all that can be told
+    try:  # no procfs, or one that hides the processes of other users
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return None
     except PermissionError:
         pass
-    return "unknown"
+    return _UNKNOWN
+
+
+@functools.cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
 
 
 def _describe(owner: dict[str, object] | None) -> str:

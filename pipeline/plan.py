@@ -185,14 +185,14 @@ def check_inputs(plan: Plan) -> None:
         ModelError: teacher and student have different vocabularies or tokenizers.
     """
     if plan.data.place.existing() is None:
-        rows = len(plan.data.train.read())
-        plan.data.dev.read()
+        rows = plan.data.train.count()
+        plan.data.dev.count()
         for where, size in _batch_sizes(plan.experiment).items():
             if size > rows:
                 raise DataError(f"{where}: {size} rows, but data.train has only {rows}; lower it")
     for benchmark in plan.benchmarks:
         if benchmark.place.existing() is None:
-            benchmark.rows.read()
+            benchmark.rows.count()
     for trial in plan.trials:
         for evaluation in trial.evaluations:
             evaluate.check_engine(evaluation)

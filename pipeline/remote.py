@@ -14,7 +14,8 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import ConfigError
+from pipeline.artifacts import sync
+from pipeline.errors import ArtifactError, ConfigError
 
 SETTLE_SECONDS = 5.0
 """File systems that cannot create a file only where there is none: the last writer within this time wins."""
@@ -56,7 +57,9 @@ class RemoteFolder:
             return
         temporary = f"{path}.{secrets.token_hex(4)}.tmp"
         self.fs.pipe_file(temporary, content)
+        sync(Path(temporary))
         os.replace(temporary, path)
+        sync(Path(path).parent)
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a small file where there is none; False if it exists. `content` must be unlike anyone else's.
@@ -106,10 +109,18 @@ class RemoteFolder:
 
     def upload(self, source: Path, name: str) -> None:
         """Copy a file from this machine."""
-        self.fs.put_file(str(source), self._prepared(name))
+        path = self._prepared(name)
+        self.fs.put_file(str(source), path)
+        if isinstance(self.fs, LocalFileSystem):
+            sync(Path(path))  # before a manifest names it
 
     def _path(self, name: str) -> str:
-        return f"{self.root}/{name}"
+        """Where a name is; the store itself may be a symbolic link, but what others put into it may not lead out of it."""
+        path = f"{self.root}/{name}"
+        local = isinstance(self.fs, LocalFileSystem)
+        if local and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
+            raise ArtifactError(f"store {self.shown}: {name} leads out of the store by a symbolic link; remove the link there")
+        return path
 
     def _prepared(self, name: str) -> str:
         path = self._path(name)

@@ -7,17 +7,28 @@ reader finds a whole artifact or none; STAGE/FINGERPRINT.lease/ says who works o
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import MANIFEST, PARTIAL_SUFFIX, Artifact, Manifest, file_digest, find
+from pipeline.artifacts import (
+    MANIFEST,
+    PARTIAL_SUFFIX,
+    UNSEALED,
+    Artifact,
+    Manifest,
+    file_digest,
+    find,
+    is_sealed,
+    parse_manifest,
+    sync,
+    sync_all,
+)
 from pipeline.errors import ArtifactError, PipelineError
 from pipeline.lease import LIFETIME_SECONDS, Lease, Wait, clear, hold
 from pipeline.locks import exclusive, lock_path
@@ -65,7 +76,9 @@ class Store:
                     return existing
                 arriving = _arrival(target, text)
                 _transfer(f"fetch {where}", manifest.files, lambda name: _download(folder, where, name, manifest, arriving))
+                sync_all(arriving)
                 os.rename(arriving, target)
+                sync(target.parent)
                 # What an interrupted computation left here is not needed any more.
                 shutil.rmtree(target.with_name(target.name + PARTIAL_SUFFIX), ignore_errors=True)
             return Artifact(target, manifest)
@@ -140,19 +153,16 @@ def check_store() -> None:
 
 
 def _parse(text: bytes, stage: str, fingerprint: str, url: str) -> Manifest:
-    """The manifest in the store, with no file name that leads out of the artifact's folder."""
+    """The manifest in the store, as its seal has it, with no file name that leads out of the artifact's folder."""
     fix = f"remove {url}/ from the store and run again"
     try:
-        manifest = Manifest(**json.loads(text))
-        names = [(name, facts["bytes"], facts["sha256"]) for name, facts in manifest.files.items()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        manifest = parse_manifest(text)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{url}/{MANIFEST}: not a manifest ({error}); {fix}") from None
+    if manifest.sealed_by != UNSEALED and not is_sealed(text):
+        raise ArtifactError(f"{url}/{MANIFEST}: its checksum differs; {fix}")
     if (manifest.stage, manifest.fingerprint, manifest.complete) != (stage, fingerprint, True):
         raise ArtifactError(f"{url}: holds {manifest.stage} {manifest.fingerprint}, expected {stage} {fingerprint}; {fix}")
-    for name, _, _ in names:
-        parts = PurePosixPath(name).parts
-        if not parts or name != "/".join(parts) or ".." in parts or parts[0] == "/" or "\\" in name or name == MANIFEST:
-            raise ArtifactError(f"{url}/{MANIFEST}: names a file {name!r}, which is not inside the artifact; {fix}")
     return manifest
 
 
@@ -180,8 +190,6 @@ def _download(folder: RemoteFolder, where: str, name: str, manifest: Manifest, a
     if not _matches(target, facts):
         target.unlink()
         raise ArtifactError(damaged.format("size or checksum differs from the manifest's"))
-    with target.open("rb+") as stream:
-        os.fsync(stream.fileno())
 
 
 def _matches(file: Path, facts: Mapping[str, Any]) -> bool:

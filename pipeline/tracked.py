@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from pipeline.artifacts import write_text_atomically
+from pipeline.remote import without_secrets
 from pipeline.stages.compare import ComparePlan
 
 _FILE = "tracked.json"
@@ -34,4 +35,5 @@ def _file(comparison: ComparePlan, run_dir: Path) -> Path:
 
 def _facts(comparison: ComparePlan, run_dir: Path) -> dict[str, str]:
     embedded = f"sqlite:///{run_dir.resolve() / 'mlflow.db'}"
-    return {"comparison": comparison.place.fingerprint, "store": os.environ.get("MLFLOW_TRACKING_URI", embedded)}
+    store = os.environ.get("MLFLOW_TRACKING_URI", embedded)
+    return {"comparison": comparison.place.fingerprint, "store": without_secrets(store)}

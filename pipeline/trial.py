@@ -11,6 +11,7 @@ import pyarrow.parquet as parquet
 
 from pipeline.artifacts import Artifact, canonical_json, text_digest
 from pipeline.plan import Plan
+from pipeline.registering import TRAINING, VALIDATION
 from pipeline.stages import evaluate, lens_profile, measure, train
 from pipeline.stages.compare import Trial, git_commit, trial_rows
 from pipeline.stages.evaluate import LoadedModel, ServedModel
@@ -20,7 +21,7 @@ from pipeline.stages.lens_profile import LensProfilePlan
 from pipeline.stages.place import MODEL, Place, obtain
 from pipeline.stages.prepare import RowsPlan
 from pipeline.stages.train import TrainPlan
-from pipeline.tracking import DataInput, RunFacts, Tracker, flatten, tracked
+from pipeline.tracking import DataInput, RunFacts, Tracker, flatten, run_reference, tracked
 
 _TABLE_ROWS = 200
 
@@ -38,7 +39,7 @@ def run_trial(plan: Plan, trial: Trial, config: Path, tracker: Tracker, stage_ru
     Returns:
         Whether there was anything to do.
     """
-    if is_delivered(trial, tracker):
+    if is_told(trial, tracker):
         return False
     run_id = tracker.start(trial_facts(plan, trial, stage_runs))
     with tracked(tracker, run_id):
@@ -47,13 +48,13 @@ def run_trial(plan: Plan, trial: Trial, config: Path, tracker: Tracker, stage_ru
         evaluate_tracked(trial, run_id, tracker)
         if trial.profile is not None:
             profile_tracked(trial.profile, run_id, tracker)
-        finish_trial(trial, config, run_id, tracker, stage_runs)
+        finish_trial(trial, config, run_id, tracker, stage_runs, plan.experiment.tracking.log_models)
     return True
 
 
-def is_delivered(trial: Trial, tracker: Tracker) -> bool:
-    """Whether a trial is finished and the tracker has all of it."""
-    return trial.finished() and tracker.delivered(trial_key(trial)) is not None
+def is_told(trial: Trial, tracker: Tracker) -> bool:
+    """Whether a trial is finished and the tracker was told all of it."""
+    return trial.finished() and tracker.told(trial_key(trial)) is not None
 
 
 def trial_facts(plan: Plan, trial: Trial, stage_runs: Mapping[str, str]) -> RunFacts:
@@ -61,8 +62,7 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: Mapping[str, str]) -> RunF
     experiment = plan.experiment
     params: dict[str, Any] = {"method": trial.method}
     if not isinstance(trial.evaluations[0].subject, ModelPlan):
-        own = plan.student.own
-        params |= {"student": own.location.label if own else plan.student.config.kind, "student_layers": plan.student.layers}
+        params |= {"student": plan.student.label, "student_layers": plan.student.layers}
     if trial.train is not None:
         params |= {"train_seed": trial.seed, "alpha": trial.train.alpha}
         params |= flatten(trial.train.config.model_dump(mode="json", exclude={"alpha", "train"}), "method.")
@@ -85,10 +85,10 @@ def trial_facts(plan: Plan, trial: Trial, stage_runs: Mapping[str, str]) -> RunF
             "row": trial.row,
             "family": str(plan.models[0].config().model_type),
             "teacher": plan.models[0].location.label,
-            "config_fingerprint": text_digest(canonical_json(experiment.model_dump(mode="json")))[:16],
+            "config_fingerprint": text_digest(canonical_json(experiment.model_dump(mode="json", exclude={"tracking"})))[:16],
             "git_commit": git_commit() or "unknown",
             "experiment_fingerprint": plan.comparison.place.fingerprint,
-            **{f"stage_run.{stage}": run_id for stage, run_id in stage_runs.items()},
+            **{f"stage_run.{stage}": run_reference(run_id) for stage, run_id in stage_runs.items()},
             **{f"fingerprint.evaluate.{benchmark}": value for benchmark, value in fingerprints.items()},
         },
         inputs=inputs,
@@ -138,7 +138,9 @@ def train_tracked(plan: TrainPlan, run_id: str, tracker: Tracker) -> Artifact:
         run_id,
         {
             "checkpoint": str(artifact.path / MODEL),
-            "fingerprint.train": plan.place.fingerprint,
+            TRAINING: plan.place.fingerprint,
+            # What its dev scores depend on besides the student.
+            VALIDATION: text_digest(canonical_json([plan.place.recipe["validation"], plan.place.upstream["prepare"]]))[:16],
             "learning_rate": f"{counts['learning_rate']:g}",
         },
     )
@@ -190,10 +192,14 @@ def profile_tracked(plan: LensProfilePlan, run_id: str, tracker: Tracker) -> Art
     return artifact
 
 
-def finish_trial(trial: Trial, config: Path, run_id: str, tracker: Tracker, stage_runs: Mapping[str, str]) -> None:
-    """Ship the configuration file and the whole time, link the stages' runs back, and close the run."""
+def finish_trial(
+    trial: Trial, config: Path, run_id: str, tracker: Tracker, stage_runs: Mapping[str, str], log_model: bool
+) -> None:
+    """Ship the configuration file, the whole time and the student, link the stages' runs back, and close the run."""
     tracker.log_metrics(run_id, {"cost/wall_seconds": wall_seconds(trial)})
     tracker.log_files(run_id, [config], "config")
+    if log_model and trial.train is not None:
+        tracker.log_model(run_id, trial.train.place.path / MODEL, trial.name)
     for stage_run in stage_runs.values():
-        tracker.set_tags(stage_run, {f"trial.{trial.name}": run_id})
+        tracker.link(run_id, stage_run, f"trial.{trial.name}")
     tracker.finish(run_id, "FINISHED")

@@ -17,6 +17,7 @@ from pipeline.plan import Plan, plan_experiment, write_config
 from pipeline.processes import die_with_parent, exit_on_sigterm
 from pipeline.stages import cache, finetune_teacher, import_model, prepare, seqkd, student
 from pipeline.stages.compare import Trial
+from pipeline.terminal import log_to_terminal, plain
 from pipeline.tracking import MLflowTracker
 from pipeline.training.device import flush_denormals
 from pipeline.trial import run_trial
@@ -40,13 +41,13 @@ def main(path: Path) -> int:
     """Carry out one trial; returns the exit code, and prints the message of an expected failure as the last line."""
     die_with_parent()
     exit_on_sigterm()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
+    log_to_terminal("%(asctime)s %(message)s")
     logging.getLogger("pipeline").setLevel(logging.INFO)
     flush_denormals()
     try:
         _run(json.loads(path.read_text(encoding="utf-8")), path.parent)
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(plain(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     return 0
 
@@ -65,7 +66,8 @@ def _run(spec: dict[str, Any], folder: Path) -> None:
     make_inputs(plan)
     config = folder / "config.yaml"
     write_config(config, experiment)
-    run_trial(plan, trial, config, MLflowTracker(plan.run_dir, experiment.name), spec["stage_runs"])
+    with MLflowTracker(plan.run_dir, experiment.name) as tracker:
+        run_trial(plan, trial, config, tracker, spec["stage_runs"])
 
 
 def make_inputs(plan: Plan) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from pipeline.artifacts import MANIFEST
 from pipeline.gallery import track_comparison
 from pipeline.stages import compare as stage
 from pipeline.stages.compare import ComparePlan
-from pipeline.tracking import Tracker
-from tasks.record import stage_experiment, track_stage
+from pipeline.tracking import Tracker, stage_experiment
+from tasks.pages import show_page
+from tasks.record import track_stage
 
 
 @task(task_run_name="compare", cache_policy=NO_CACHE)
@@ -19,7 +19,7 @@ def compare(plan: ComparePlan, tracker: Tracker) -> str:
     """Write the comparison; returns its folder."""
     artifact = stage.run(plan)
     table = (artifact.path / "table.md").read_text(encoding="utf-8")
-    create_markdown_artifact(key=f"comparison-{plan.place.fingerprint}", description=plan.experiment.name, markdown=table)
+    show_page(f"comparison-{plan.place.fingerprint}", plan.experiment.name, table)
 
     def more(run_id: str) -> None:
         files = [file for file in sorted(artifact.path.iterdir()) if file.name != MANIFEST]

@@ -17,6 +17,6 @@ def finetune_teacher(plan: FinetunePlan, experiment: str, tracker: Tracker) -> s
     """Fine-tune the teacher and ship the curves; returns the stage run's id."""
     artifact = stage.run(plan)
     show_artifact(plan.place, artifact)
-    run_id = track_stage(tracker, experiment, plan.place, artifact)
-    tracker.log_steps(run_id, artifact.path / METRICS)
-    return run_id
+    return track_stage(
+        tracker, experiment, plan.place, artifact, more=lambda run_id: tracker.log_steps(run_id, artifact.path / METRICS)
+    )

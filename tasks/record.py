@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from prefect.artifacts import create_markdown_artifact
-
 from pipeline.artifacts import Artifact
 from pipeline.stages.place import Place
 from pipeline.stages.report import git_commit
-from pipeline.tracking import DataInput, RunFacts, Tracker, flatten
-
-
-def stage_experiment(experiment: str) -> str:
-    """Name of the sibling experiment of stage runs; kept apart so that they do not hide the trials."""
-    return f"{experiment} · stages"
+from pipeline.tracking import DataInput, RunFacts, Tracker, flatten, stage_experiment
+from tasks.pages import show_page
 
 
 def show_artifact(place: Place, artifact: Artifact) -> None:
     """A page in the Prefect UI: where the artifact is, what it was made from and what it counts."""
     manifest = artifact.manifest
     counts = "\n".join(f"| {name} | {value} |" for name, value in flatten(manifest.counts).items())
-    create_markdown_artifact(
-        key=f"{place.stage}-{place.fingerprint}".replace("_", "-"),
-        description=place.label,
-        markdown=f"`{artifact.path}`\n\nfingerprint `{artifact.fingerprint}`, {manifest.seconds:.1f} s\n\n"
+    show_page(
+        f"{place.stage}-{place.fingerprint}".replace("_", "-"),
+        place.label,
+        f"`{artifact.path}`\n\nfingerprint `{artifact.fingerprint}`, {manifest.seconds:.1f} s\n\n"
         f"| count | value |\n| --- | --- |\n{counts}\n",
     )
 
@@ -33,9 +27,9 @@ def track_stage(
     tracker: Tracker, experiment: str, place: Place, artifact: Artifact, inputs: Sequence[DataInput] = (),
     more: Callable[[str], None] = lambda run_id: None,
 ) -> str:  # fmt: skip
-    """A run in the stages' experiment, with whatever `more` tells about it; returns its id, to be linked from the trials."""
+    """A run in the stages' experiment, with whatever `more` tells about it; returns its handle, for links from the trials."""
     key = f"{place.stage}/{place.fingerprint}"
-    known = tracker.delivered(key)
+    known = tracker.told(key)
     if known is not None:
         return known
     run_id = tracker.start(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from uuid import uuid4
 
+import httpx
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -22,7 +26,10 @@ from pipeline.artifacts import write_text_atomically
 from pipeline.errors import PipelineError
 from pipeline.processes import Outcome, run_process
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 _POLL_SECONDS = 1.0
+_AWAY_SECONDS = 1800.0
 _STOP = threading.Event()
 """Set when the flow is to end: no trial of this process goes on, and none is tried again."""
 
@@ -75,18 +82,41 @@ def run_trial_elsewhere(
         TrialRefused: it was stopped.
     """
     parameters = {"spec": spec, "environment": dict(environment), "time_limit": time_limit}
-    started = run_deployment(deployment, parameters=parameters, flow_run_name=spec["name"], timeout=0)
+    name, key = str(spec["name"]), str(uuid4())
+
+    def submit() -> Any:  # the key makes a second request after a lost answer the same run
+        return run_deployment(deployment, parameters=parameters, flow_run_name=name, timeout=0, idempotency_key=key)
+
+    started = _patiently(name, submit)
     assert isinstance(started, FlowRun)  # it is a coroutine only where the caller is one
     with get_client(sync_client=True) as client:
         while True:
-            state = client.read_flow_run(started.id).state
+            state = _patiently(name, lambda: client.read_flow_run(started.id)).state
             if state is not None and state.is_final():
                 break
             if _STOP.wait(_POLL_SECONDS):
                 client.set_flow_run_state(started.id, Cancelling(), force=True)
-                raise TrialRefused(f"{spec['name']}: stopped")
+                raise TrialRefused(f"{spec['name']}: stopped; run the sweep again to go on")
     if not state.is_completed():
         raise TrialFailed(f"{spec['name']}: {state.message or state.name} (flow run {started.name})")
+
+
+def _patiently(name: str, call: Callable[[], T]) -> T:
+    """Call the API until it answers: what runs elsewhere goes on meanwhile."""
+    deadline, told = time.monotonic() + _AWAY_SECONDS, False
+    while True:
+        try:
+            return call()
+        except httpx.HTTPError as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+                raise
+            if time.monotonic() > deadline:
+                raise TrialFailed(f"{name}: the Prefect API has not answered for {_AWAY_SECONDS / 60:.0f} minutes") from None
+            if not told:
+                log.warning("%s: the Prefect API does not answer (%s); the trial goes on, and is asked for later", name, error)
+                told = True
+        if _STOP.wait(_POLL_SECONDS):
+            raise TrialRefused(f"{name}: stopped")
 
 
 def carry_out(spec: dict[str, Any], environment: Mapping[str, str], time_limit: float | None) -> float:
@@ -114,9 +144,11 @@ def trial_folder(spec: Mapping[str, Any]) -> Path:
 
 def _failure(name: str, outcome: Outcome, log: Path, time_limit: float | None) -> TrialFailed:
     if outcome.stopped:
-        return TrialRefused(f"{name}: stopped")
+        return TrialRefused(f"{name}: stopped; run the sweep again to go on")
     if outcome.timed_out:
-        return TrialRefused(f"{name}: over its time limit of {(time_limit or 0) / 60:g} minutes; its checkpoint is kept")
+        return TrialRefused(
+            f"{name}: over its time limit of {(time_limit or 0) / 60:g} minutes; its checkpoint is kept, raise it to go on"
+        )
     said = _last_message(log)
     if outcome.code == 2:
         return TrialRefused(f"{name}: {said}")

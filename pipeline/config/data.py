@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.config.base import LocalPath, Revision, Strict
+from pipeline.config.base import LocalPath, Revision, Seeds, Strict
 from pipeline.config.methods import Decoding
 
 
@@ -126,7 +126,7 @@ class Benchmark(Strict):
     """null takes data.max_prompt_tokens."""
     decoding: Decoding | None = None
     """null takes evaluation.decoding."""
-    seeds: list[int] | None = Field(default=None, min_length=1)
+    seeds: Seeds | None = None
     """Decoding seeds; null takes evaluation.seeds."""
 
     @model_validator(mode="after")

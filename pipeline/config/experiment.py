@@ -20,6 +20,9 @@ from pipeline.config.methods import (
 )
 from pipeline.config.models import ModelRef, StudentConfig
 
+MAX_EVALUATIONS = 10_000
+"""Every one is planned before anything runs."""
+
 
 class TeacherFinetune(Strict):
     """Supervised fine-tuning of the teacher on the training rows, before anything uses it (as the paper's teachers were)."""
@@ -39,6 +42,15 @@ class TeacherFinetune(Strict):
         return self
 
 
+class Tracking(Strict):
+    """What goes to the tracking store besides figures. Changes no result and no fingerprint."""
+
+    log_models: bool = True
+    """Log every trained student as an MLflow model of its run: with the store in the run directory by hard links, which take
+    no room; a server is sent the weights, so set it to false where that is too much. `distilllens register` logs the one that
+    it chooses either way."""
+
+
 class Experiment(Strict):
     """One experiment: a teacher, a student, rows, methods and benchmarks."""
 
@@ -52,9 +64,9 @@ class Experiment(Strict):
     """null takes the teacher's."""
     student: StudentConfig
     data: DataConfig
-    benchmarks: dict[Name, Benchmark] = Field(min_length=1)
+    benchmarks: dict[Name, Benchmark] = Field(min_length=1, max_length=100)
     """Name → test set; null leaves out one that an included file names."""
-    methods: dict[Name, MethodConfig] = Field(min_length=1)
+    methods: dict[Name, MethodConfig] = Field(min_length=1, max_length=100)
     """Name → method. A name that is a method's own needs no `kind`."""
     alpha: float = Field(default=1.0, ge=0, le=1)
     """α, the weight of the teacher's terms against the cross-entropy on references; the paper's DistillLens has 1."""
@@ -66,6 +78,7 @@ class Experiment(Strict):
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()
     cache: CacheConfig = CacheConfig()
+    tracking: Tracking = Tracking()
 
     @model_validator(mode="before")
     @classmethod
@@ -88,6 +101,12 @@ class Experiment(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
+        evaluations = len(self.methods) * len(self.train.seeds) * len(self.benchmarks)
+        if evaluations > MAX_EVALUATIONS:
+            raise ValueError(
+                f"{len(self.methods)} methods × {len(self.train.seeds)} seeds × {len(self.benchmarks)} benchmarks are "
+                f"{evaluations} evaluations, but one experiment has at most {MAX_EVALUATIONS}; lower one of them"
+            )
         reserved = {"teacher", "untrained"} & set(self.methods)
         if reserved:
             raise ValueError(f"methods: {sorted(reserved)} are names of rows that every table has; choose another name")

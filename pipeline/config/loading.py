@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.base import beyond_limits
 from pipeline.config.experiment import Experiment
 from pipeline.config.sweep import Sweep
 from pipeline.errors import ConfigError
@@ -58,12 +59,15 @@ def validate(model: type[Model], raw: Mapping[str, Any], source: str) -> Model:
         ConfigError: one line per problem: dotted path, what is wrong, what is allowed.
     """
     try:
-        return model.model_validate(raw)
+        found = model.model_validate(raw)
+        problems = [_shown(problem, 600) for problem in beyond_limits(found)]
     except ValidationError as error:
         problems = [_problem(model, item) for item in error.errors()]
+    if problems:
         more = len(problems) - _MAX_PROBLEMS
         shown = problems if more <= 0 else [*problems[:_MAX_PROBLEMS], f"and {more} more; mend these first"]
-        raise ConfigError(shown, source) from None
+        raise ConfigError(shown, source)
+    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def _parse(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"not YAML that can be used here: {_first_words(error)}; write it otherwise", str(path)) from None
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ConfigError(f"must be a mapping of names to values, found {type(value).__name__}", str(path))
+        raise ConfigError(f"must be a mapping of names to values, found {type(value).__name__}; write name: value", str(path))
     return value
 
 

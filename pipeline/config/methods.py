@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 
-from pipeline.config.base import Strict
+from pipeline.config.base import Seeds, Strict
 from pipeline.config.models import EncoderRef
 
 TaskDivergence = Literal["forward_kl", "reverse_kl", "fkl_rkl", "jensen_shannon", "adaptive_kl", "jeffreys"]
@@ -134,7 +134,7 @@ class Features(Strict):
 class TrainOverride(Strict):
     """A method's own budget, with `fair: false` only; what is null is that of `train`."""
 
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=1e6)
     max_steps: int | None = Field(default=None, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     learning_rate: LearningRate | None = None
@@ -210,7 +210,7 @@ class SeqGeneration(Strict):
     """How the teacher writes the responses of sequence-level KD."""
 
     decoding: Decoding = Decoding()
-    seed: int = 10
+    seed: int = Field(default=10, ge=0)
     batch_size: int = Field(default=32, ge=1)
     """Prompts decoded together. Changes memory and speed, not the responses."""
 
@@ -259,7 +259,7 @@ TASK_OF_KIND: dict[str, str] = {
 class Lora(Strict):
     """Train low-rank adapters of the blocks' linear layers, everything else frozen (Hu et al. 2022)."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=65_536)
     alpha: float = Field(default=32.0, gt=0)
     """Numerator of the adapter's scale alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -272,7 +272,7 @@ class Lora(Strict):
 class Launch(Strict):
     """How many processes of this machine train together, and how they share the model. Changes speed and memory only."""
 
-    processes: int = Field(default=1, ge=1)
+    processes: int = Field(default=1, ge=1, le=1024)
     """One for each device, or several on the CPU; every optimiser step's rows are divided among them."""
     strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
     """ddp: each has the whole model. fsdp (FSDP2): parameters, gradients and optimiser state are divided among them.
@@ -292,9 +292,9 @@ class Launch(Strict):
 class Training(Strict):
     """One budget for every method."""
 
-    seeds: list[int] = Field(default=[10], min_length=1)
+    seeds: Seeds = [10]
     """Training seeds: data order, dropout and projection initialisation."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=1e6)
     max_steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; exactly one of epochs and max_steps is given."""
     batch_size: int = Field(default=8, ge=1)
@@ -389,7 +389,7 @@ class Validation(Strict):
     select: Literal["rouge_l", "loss", "last"] = "rouge_l"
     """Keep the checkpoint with the highest dev ROUGE-L, the lowest dev loss, or simply the last."""
     decoding: Decoding = Decoding(max_new_tokens=256)
-    seed: int = 10
+    seed: int = Field(default=10, ge=0)
     batch_size: int = Field(default=32, ge=1)
 
 
@@ -419,9 +419,9 @@ class JudgeMetric(Strict):
     """Environment variable that holds the key; null for endpoints without one."""
     decoding_seeds: int = Field(default=1, ge=1)
     """How many decoding seeds' answers are judged, the first ones."""
-    workers: int = Field(default=4, ge=1)
-    max_retries: int = Field(default=6, ge=0)
-    timeout_seconds: float = Field(default=120.0, gt=0)
+    workers: int = Field(default=4, ge=1, le=256)
+    max_retries: int = Field(default=6, ge=0, le=100)
+    timeout_seconds: float = Field(default=120.0, gt=0, le=86_400)
     max_reply_tokens: int = Field(default=512, ge=1)
 
 
@@ -439,7 +439,7 @@ class ExposureMetric(Strict):
     """Generated tokens, ascending; results.csv has the value of the last (the lineage's is 16), metric.json all of them."""
     rows: int | None = Field(default=64, ge=1)
     """Prompts of each benchmark; null takes all."""
-    seed: int = 10
+    seed: int = Field(default=10, ge=0)
     """Both models are sampled with it, at temperature 1 from the whole distribution."""
 
     @model_validator(mode="after")
@@ -465,7 +465,7 @@ class Evaluation(Strict):
     """Test-set decoding (the paper: temperature 1, top-p 1, no_repeat_ngram_size 6, seeds 10–50)."""
 
     decoding: Decoding = Decoding(no_repeat_ngram_size=6)
-    seeds: list[int] = Field(default=[10, 20, 30, 40, 50], min_length=1)
+    seeds: Seeds = [10, 20, 30, 40, 50]
     """Decoding seeds; a greedy protocol uses the first alone."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What generates. The engines sample other responses from the same distribution, so a comparison has one of them; vllm

@@ -76,16 +76,16 @@ class ScratchStudent(Strict):
     """The teacher's architecture with fewer layers and random weights."""
 
     kind: Literal["scratch"]
-    layers: int = Field(ge=1)
-    hidden_size: int | None = Field(default=None, ge=1)
+    layers: int = Field(ge=1, le=1000)
+    hidden_size: int | None = Field(default=None, ge=1, le=1_000_000)
     """Width; null keeps the teacher's."""
-    intermediate_size: int | None = Field(default=None, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1, le=10_000_000)
     """MLP width; null keeps the teacher's."""
-    heads: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1, le=10_000)
     """Attention heads; null keeps the teacher's."""
-    key_value_heads: int | None = Field(default=None, ge=1)
+    key_value_heads: int | None = Field(default=None, ge=1, le=10_000)
     """Key/value heads where the architecture has them; null keeps the teacher's."""
-    init_seed: int = 0
+    init_seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ScratchStudent:

@@ -26,7 +26,7 @@ class Parameters(Strict):
     """Settings of the experiment (of a sweep's base experiment), each as `dotted.path=value`."""
     run_dir: str = Field(default="runs", min_length=1)
     """Where artifacts, tracking store and comparison go."""
-    max_lateness_minutes: float = Field(default=60, gt=0)
+    max_lateness_minutes: float = Field(default=60, gt=0, le=10_000_000)
     """A run that starts later than this after its scheduled time does nothing."""
 
 
@@ -70,7 +70,7 @@ class Interval(Strict):
     """Every so many minutes."""
 
     kind: Literal["interval"] = "interval"
-    interval_minutes: float = Field(ge=1)
+    interval_minutes: float = Field(ge=1, le=10_000_000)
     timezone: TimeZone
     """Name in the IANA database; whole days keep their hour on this zone's clock when it changes to summer time and back."""
     anchor: datetime | None = None
@@ -101,7 +101,7 @@ class Deployment(Strict):
     """null: it runs only when it is started in the UI or by `prefect deployment run`."""
     paused: bool | None = None
     """Whether its schedule rests; null leaves it as it is, which for a new one is false."""
-    max_lateness_minutes: float = Field(default=60, gt=0)
+    max_lateness_minutes: float = Field(default=60, gt=0, le=10_000_000)
     """A run that starts later than this after its scheduled time does nothing."""
     tags: list[Tag] = []
     description: str = ""
@@ -120,7 +120,7 @@ class Serve(Strict):
 
     deployments: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], Deployment] = Field(min_length=1)
     trial: TrialDeployment = TrialDeployment()
-    limit: int = Field(default=5, ge=1)
+    limit: int = Field(default=5, ge=1, le=1000)
     """Runs at a time over all deployments, where this process executes them; a worker has its own `--limit`."""
     port: int = Field(default=4200, ge=1, le=65535)
     """Loopback port of the Prefect server that is started where none is configured (PREFECT_API_URL)."""

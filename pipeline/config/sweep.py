@@ -10,6 +10,8 @@ from pipeline.config.base import ExperimentName, LocalPath, Strict
 
 METHOD, SEED = "method", "train_seed"
 """Axes that are no dotted path: a name in the experiment's methods, and one training seed."""
+MAX_POINTS = 1000
+"""Each is planned as an experiment of its own before anything runs."""
 
 
 class Values(Strict):
@@ -72,7 +74,7 @@ class RandomSearch(Strict):
     """Independent draws; raising `points` keeps the earlier ones."""
 
     kind: Literal["random"] = "random"
-    points: int = Field(ge=1)
+    points: int = Field(ge=1, le=MAX_POINTS)
     seed: int = 0
 
 
@@ -80,9 +82,9 @@ class OptunaSearch(Strict):
     """Tree-structured Parzen estimator on the validation metric (Bergstra et al. 2011; Optuna): never on test scores."""
 
     kind: Literal["optuna"] = "optuna"
-    points: int = Field(ge=1)
+    points: int = Field(ge=1, le=MAX_POINTS)
     seed: int = 0
-    batch: int = Field(default=1, ge=1)
+    batch: int = Field(default=1, ge=1, le=MAX_POINTS)
     """Points suggested at a time, before any of them has a result; give the concurrency."""
 
 
@@ -133,13 +135,13 @@ Engine = Annotated[
 class TrialLimits(Strict):
     """What one trial may take."""
 
-    time_limit_minutes: float | None = Field(default=None, gt=0)
+    time_limit_minutes: float | None = Field(default=None, gt=0, le=1_000_000)
     """The trial is stopped then and counts as failed; its checkpoint stays. null sets no limit."""
-    retries: int = Field(default=1, ge=0)
+    retries: int = Field(default=1, ge=0, le=100)
     """How often a trial whose process died is started again; it goes on from its last checkpoint."""
-    gpus: int = Field(default=1, ge=1)
+    gpus: int = Field(default=1, ge=1, le=1024)
     """Devices of one trial, on a machine that has some."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads of one trial; null divides the machine's cores by the concurrency."""
 
 
@@ -148,7 +150,7 @@ class Budget(Strict):
 
     trials: int | None = Field(default=None, ge=1)
     """Trials that one call starts."""
-    hours: float | None = Field(default=None, gt=0)
+    hours: float | None = Field(default=None, gt=0, le=100_000)
     """Time after which one call starts no more."""
 
 
@@ -167,7 +169,7 @@ class Sweep(Strict):
     all methods and training seeds of the experiment."""
     search: Search = Grid()
     budget: Budget = Budget()
-    concurrency: int = Field(default=1, ge=1)
+    concurrency: int = Field(default=1, ge=1, le=1000)
     """Trials at a time."""
     engine: Engine = LocalEngine()
     trial: TrialLimits = TrialLimits()

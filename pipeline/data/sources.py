@@ -8,10 +8,9 @@ import difflib
 import hashlib
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from pipeline.artifacts import canonical_json, file_digest, text_digest
 from pipeline.data.examples import Example
 from pipeline.errors import DataError
+from pipeline.hub import fetch_file
 
 INSTRUCTION = ("instruction",)
 INPUT = ("input", "context")
@@ -33,6 +33,9 @@ _COLUMNS = "instruction; input or context; output or response; category or topic
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID_DIGITS = 16
 _MAX_NAMES = 20
+_MAX_LINE = 64 << 20
+_MAX_WHOLE = 128 << 20
+"""Bytes of a line, and of a .json file, which is read as a whole."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class HubSource:
         revision: commit, tag or branch; a commit wherever the rows are fingerprinted (`pipeline.hub.resolve_revision`).
         first: rows taken after the skipped ones; None takes all.
         skip: rows left out at the start of the file.
+        what: dotted path of the setting, for messages.
     """
 
     repo: str
@@ -67,6 +71,7 @@ class HubSource:
     revision: str
     first: int | None = None
     skip: int = 0
+    what: str = field(default="data.train", compare=False)
 
 
 @dataclass(frozen=True)
@@ -95,18 +100,52 @@ class _Row:
     values: Mapping[str, Any]
 
 
-def read_examples(source: Source) -> list[Example]:
-    """The rows of a source, in file order.
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a source, read anew each time that they are iterated, see `iterate_examples`.
+
+    Attributes:
+        source: the file.
+        part: which of them: a held-out part, or "train" for the rest.
+        drawn: what `draw_parts` gave to the held-out parts.
+        sizes: rows of each part, as far as they are known.
+    """
+
+    source: Source
+    part: str = "train"
+    drawn: Mapping[int, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def count(self) -> int:
+        """How many there are; where that is not known, they are read."""
+        return self.sizes[self.part] if self.part in self.sizes else sum(1 for _ in self)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (row for row in iterate_examples(self.source) if self.drawn.get(_content(row), "train") == self.part)
+
+
+def iterate_examples(source: Source) -> Iterator[Example]:
+    """The rows of a source, in file order, each when it is asked for.
+
+    Lines, CSV records and Parquet row groups are read one after another, so memory does not grow with the file but for
+    eight bytes of hash a row, which number the duplicates; only a .json array is read as a whole, and limited in size.
 
     Raises:
         DataError: the file is missing, unreadable, empty or malformed; the message names file and line or row.
     """
     with _located(source) as (path, label):
-        examples = list(_slice(_examples(path, label), source))
-        if not examples:
+        empty = True
+        for example in _slice(_examples(path, label), source):
+            empty = False
+            yield example
+        if empty:
             taken = f" after skip={source.skip}" if source.skip else ""
             raise DataError(f"{label}: no rows{taken}; expected rows with the columns {_COLUMNS}")
-    return examples
+
+
+def read_examples(source: Source) -> list[Example]:
+    """All rows of a source at once; see `iterate_examples`."""
+    return list(iterate_examples(source))
 
 
 def source_digest(source: Source) -> str:
@@ -133,39 +172,39 @@ def source_digest(source: Source) -> str:
     return text_digest(canonical_json(identity))
 
 
-def split_examples(examples: Sequence[Example], parts: Mapping[str, int | float], seed: int) -> dict[str, list[Example]]:
-    """Draw disjoint parts by a hash of seed, part and example id; the order of the rows plays no role.
+def count_contents(examples: Iterable[Example]) -> Counter[int]:
+    """How many rows have each content, as `draw_parts` wants it."""
+    return Counter(map(_content, examples))
+
+
+def draw_parts(contents: Mapping[int, int], parts: Mapping[str, int | float], seed: int) -> dict[int, str]:
+    """Draw disjoint parts by a hash of seed, part and content; the order of the rows plays no role.
 
     Exact duplicates go to the same part, so that no training row recurs in a held-out part. A part keeps its rows when
     other rows are added, but for those that give way to added ones.
 
     Args:
-        examples: all rows.
+        contents: all rows, see `count_contents`.
         parts: name → size: rows (int) or a fraction of all rows (float, rounded).
         seed: another seed draws other parts.
 
     Returns:
-        The parts, and under "train" the remaining rows, each in the order of `examples`.
+        Content → part, for `Rows`; what is not in it stays for training.
 
     Raises:
         DataError: the parts leave no training rows, or a size cannot be met without separating duplicates.
     """
     if "train" in parts:
         raise ValueError("parts: 'train' is the name of the rest")
-    sizes = {name: round(size * len(examples)) if isinstance(size, float) else size for name, size in parts.items()}
-    if sum(sizes.values()) >= len(examples):
-        raise DataError(f"held-out parts {sizes} leave no training rows: there are only {len(examples)} rows; lower them")
-    free = Counter(_content_id(example) for example in examples)
-    chosen: dict[str, str] = {}
+    rows = sum(contents.values())
+    sizes = {name: round(size * rows) if isinstance(size, float) else size for name, size in parts.items()}
+    if sum(sizes.values()) >= rows:
+        raise DataError(f"held-out parts {sizes} leave no training rows: there are only {rows} rows; lower them")
+    drawn: dict[int, str] = {}
     for name, size in sizes.items():
-        drawn = _draw(free, size, f"{seed}:{name}", name)
-        chosen |= dict.fromkeys(drawn, name)
-        for content in drawn:
-            del free[content]
-    result: dict[str, list[Example]] = {name: [] for name in (*sizes, "train")}
-    for example in examples:
-        result[chosen.get(_content_id(example), "train")].append(example)
-    return result
+        free = {content: count for content, count in contents.items() if content not in drawn} if size else {}
+        drawn |= dict.fromkeys(_draw(free, size, f"{seed}:{name}", name), name)
+    return drawn
 
 
 def bundled_names() -> list[str]:
@@ -177,20 +216,25 @@ def _corpus() -> Any:
     return resources.files("pipeline.data.corpus")
 
 
-def _draw(free: Mapping[str, int], size: int, salt: str, name: str) -> list[str]:
-    drawn: list[str] = []
+def _draw(free: Mapping[int, int], size: int, salt: str, name: str) -> list[int]:
+    drawn: list[int] = []
     missing = size
-    for content in sorted(free, key=lambda content: text_digest(f"{salt}:{content}")):
+    for content in sorted(free, key=lambda content: hashlib.sha256(f"{salt}:{content:0{_ID_DIGITS}x}".encode()).digest()):
+        if not missing:
+            break
         if free[content] <= missing:
             drawn.append(content)
             missing -= free[content]
-        if not missing:
-            return drawn
-    raise DataError(f"held-out part {name}: cannot draw {size} rows without separating exact duplicates; choose another size")
+    if missing:
+        raise DataError(
+            f"held-out part {name}: cannot draw {size} rows without separating exact duplicates; choose another size"
+        )
+    return drawn
 
 
-def _content_id(example: Example) -> str:
-    return example.id.partition("-")[0]
+def _content(example: Example) -> int:
+    """The part of an id that comes from the content, as a number, which takes less memory."""
+    return int(example.id[:_ID_DIGITS], 16)
 
 
 @contextlib.contextmanager
@@ -199,7 +243,8 @@ def _located(source: Source) -> Iterator[tuple[Path, str]]:
     if isinstance(source, LocalSource):
         yield source.path, str(source.path)
     elif isinstance(source, HubSource):
-        yield _download(source), f"hf://datasets/{source.repo}@{source.revision}/{source.file}"
+        path = fetch_file(source.repo, source.file, source.revision, source.what)
+        yield path, f"hf://datasets/{source.repo}@{source.revision}/{source.file}"
     else:
         names = bundled_names()
         if source.name not in names:
@@ -210,20 +255,6 @@ def _located(source: Source) -> Iterator[tuple[Path, str]]:
             yield path, f"{source.name}.jsonl (bundled)"
 
 
-def _download(source: HubSource) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(source.repo, source.file, repo_type="dataset", revision=source.revision))
-    # The client raises errors of its HTTP library, which differs between its versions: whatever it is, the user must know.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{source.file} of the hub dataset {source.repo}@{source.revision} cannot be fetched ({reason}); check the names "
-            "and the network, or download the file elsewhere and give its path instead, for example --set data.train.path=FILE"
-        ) from error
-
-
 def _slice(examples: Iterator[Example], source: Source) -> Iterator[Example]:
     stop = None if source.first is None else source.skip + source.first
     return islice(examples, source.skip, stop)
@@ -231,7 +262,7 @@ def _slice(examples: Iterator[Example], source: Source) -> Iterator[Example]:
 
 def _examples(path: Path, label: str) -> Iterator[Example]:
     """Ids are numbered over the whole file, so a row has the same id in every slice."""
-    seen: Counter[str] = Counter()
+    seen: Counter[int] = Counter()
     try:
         for row in _reader(path, label)(path, label):
             yield _example(row, seen)
@@ -239,7 +270,7 @@ def _examples(path: Path, label: str) -> Iterator[Example]:
         raise _unreadable(label, error) from None
 
 
-def _example(row: _Row, seen: Counter[str]) -> Example:
+def _example(row: _Row, seen: Counter[int]) -> Example:
     instruction = _text(row, INSTRUCTION, required=True)
     if not instruction.strip():
         raise DataError(f"{row.where}: instruction is blank; write one, or remove the row")
@@ -247,8 +278,9 @@ def _example(row: _Row, seen: Counter[str]) -> Example:
     references = _references(row)
     content = canonical_json([instruction, context, references])
     name = hashlib.sha256(content.encode()).hexdigest()[:_ID_DIGITS]
-    seen[name] += 1
-    suffix = f"-{seen[name]}" if seen[name] > 1 else ""
+    number = int(name, 16)
+    seen[number] += 1
+    suffix = f"-{seen[number]}" if seen[number] > 1 else ""
     return Example(name + suffix, instruction, context, references, _text(row, CATEGORY, required=False))
 
 
@@ -260,7 +292,7 @@ def _column(row: _Row, names: Sequence[str], required: bool) -> tuple[str, Any]:
         lack = f"{null[0]} is null" if null else f"no {' or '.join(names)}"
         has = _names(row.values) or "no columns"
         raise DataError(f"{row.where}: {lack}; it has {has}, allowed columns are {_COLUMNS}")
-    if len({json.dumps(row.values[name], default=str) for name in found}) > 1:
+    if len(found) > 1 and len({json.dumps(row.values[name], default=str) for name in found}) > 1:
         raise DataError(f"{row.where}: {' and '.join(found)} differ, though both stand for the same; keep one of them")
     return (found[0], row.values[found[0]]) if found else (names[0], "")
 
@@ -318,7 +350,12 @@ def _jsonl_rows(path: Path, label: str) -> Iterator[_Row]:
 
 
 def _json_rows(path: Path, label: str) -> Iterator[_Row]:
-    text = "".join(line for _, line in _lines(path, label))
+    if path.stat().st_size > _MAX_WHOLE:
+        raise DataError(
+            f"{label}: larger than {_MAX_WHOLE >> 20} MiB, and .json is read as a whole; write it as .jsonl, one object a "
+            "line, which is read row by row (jq -c '.[]' rows.json > rows.jsonl)"
+        )
+    text = "".join(line for _, line in _lines(path, label, _MAX_WHOLE))
     data = _parse(text, label, "; a file with one object a line must be named .jsonl")
     rows = data.get("data") if isinstance(data, dict) else data
     if not isinstance(rows, list):
@@ -330,7 +367,7 @@ def _json_rows(path: Path, label: str) -> Iterator[_Row]:
 
 def _csv_rows(path: Path, label: str) -> Iterator[_Row]:
     # Process-wide and only ever raised: the default stops at contexts of 128 KiB.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    csv.field_size_limit(_MAX_LINE)
     reader = csv.reader((line for _, line in _lines(path, label)), strict=True)
     header: list[str] = []
     while True:
@@ -402,10 +439,12 @@ def _names(names: Iterable[Any]) -> str:
     return ", ".join([*shown, *(["…"] if len(found) > _MAX_NAMES else [])])
 
 
-def _lines(path: Path, label: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, label: str, longest: int = _MAX_LINE) -> Iterator[tuple[int, str]]:
     """Numbered lines with their line ends as they are, without a byte-order mark."""
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(iter(lambda: stream.readline(longest + 1), b""), start=1):
+            if len(line) > longest:
+                raise DataError(f"{label}:{number}: a line of more than {longest >> 20} MiB; split its row, or remove it")
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -414,7 +453,7 @@ def _lines(path: Path, label: str) -> Iterator[tuple[int, str]]:
                 ) from None
 
 
-def _parse(text: str, where: str, hint: str = "") -> Any:
+def _parse(text: str, where: str, hint: str = "; write the row as one JSON object") -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

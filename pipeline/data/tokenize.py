@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +17,7 @@ from pipeline.data.prompts import holds_special_tokens, render
 from pipeline.errors import ArtifactError, ConfigError, ModelError
 
 Overlong = Literal["drop", "truncate_context"]
-Progress = Callable[[int], None]
+T = TypeVar("T")
 
 GAP = " ... "
 """Stands in a truncated context for what was cut."""
@@ -55,6 +56,9 @@ class EncodingCounts:
     truncated_context: int
     cut_response: int
 
+    def __add__(self, other: EncodingCounts) -> EncodingCounts:
+        return EncodingCounts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
 
 @dataclass(frozen=True)
 class PromptCounts:
@@ -64,6 +68,9 @@ class PromptCounts:
     kept: int
     overlong_prompt: int
     truncated_context: int
+
+    def __add__(self, other: PromptCounts) -> PromptCounts:
+        return PromptCounts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -99,15 +106,14 @@ class EncodedDataset:
         return (self[index] for index in range(len(self)))
 
 
-def encode_training(
-    examples: Sequence[Example],
+def training_chunks(
+    examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     max_prompt_tokens: int = 256,
     max_tokens: int = 512,
     overlong: Overlong = "drop",
-    progress: Progress | None = None,
-) -> tuple[list[EncodedExample], EncodingCounts]:
+) -> Iterator[tuple[list[EncodedExample], EncodingCounts]]:
     """Encode prompt and first reference separately and join them, with the end token, as the paper's code does.
 
     Args:
@@ -118,7 +124,9 @@ def encode_training(
         max_tokens: longest row, L; the response is cut there. Greater than `max_prompt_tokens`.
         overlong: what happens to longer prompts (hazard 8): "drop" (paper), or "truncate_context", which cuts the middle
             out of the input and drops the row only if that is not enough.
-        progress: told how many more rows are done.
+
+    Returns:
+        Some rows at a time, in order, with what became of those that they come from: only so many are held.
 
     Raises:
         ConfigError: there is no such template, or the limits leave no room for a response.
@@ -130,9 +138,9 @@ def encode_training(
             "lower the first or raise the second"
         )
     eos = _eos(tokenizer)
-    encoded: list[EncodedExample] = []
-    empty = dropped = truncated = cut = 0
-    for chunk in _chunks(examples):
+    for chunk in chunks(examples):
+        encoded: list[EncodedExample] = []
+        empty = dropped = truncated = cut = 0
         prompts = _encode_chunk(chunk, tokenizer, template, max_prompt_tokens, overlong)
         responses = _token_ids(tokenizer, [example.references[0] for example in chunk])
         for example, prompt, response in zip(chunk, prompts, responses, strict=True):
@@ -145,23 +153,36 @@ def encode_training(
                 truncated += prompt.truncated
                 cut += len(ids) > max_tokens
                 encoded.append(EncodedExample(example.id, ids[:max_tokens], len(prompt.ids)))
-        if progress:
-            progress(len(chunk))
-    return encoded, EncodingCounts(len(examples), len(encoded), empty, dropped, truncated, cut)
+        yield encoded, EncodingCounts(len(chunk), len(encoded), empty, dropped, truncated, cut)
 
 
-def encode_prompts(
-    examples: Sequence[Example],
+def encode_training(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_prompt_tokens: int = 256,
+    max_tokens: int = 512,
+    overlong: Overlong = "drop",
+) -> tuple[list[EncodedExample], EncodingCounts]:
+    """All rows of `training_chunks` at once."""
+    encoded, counts = [], EncodingCounts(0, 0, 0, 0, 0, 0)
+    for rows, found in training_chunks(examples, tokenizer, template, max_prompt_tokens, max_tokens, overlong):
+        encoded += rows
+        counts += found
+    return encoded, counts
+
+
+def prompt_chunks(
+    examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     max_prompt_tokens: int = 256,
     overlong: Overlong = "drop",
-    progress: Progress | None = None,
-) -> tuple[list[EncodedPrompt], PromptCounts]:
-    """Encode the prompts of a benchmark; arguments and errors as for `encode_training`."""
-    encoded: list[EncodedPrompt] = []
-    dropped = truncated = 0
-    for chunk in _chunks(examples):
+) -> Iterator[tuple[list[EncodedPrompt], PromptCounts]]:
+    """Encode the prompts of a benchmark; arguments, result and errors as for `training_chunks`."""
+    for chunk in chunks(examples):
+        encoded: list[EncodedPrompt] = []
+        dropped = truncated = 0
         prompts = _encode_chunk(chunk, tokenizer, template, max_prompt_tokens, overlong)
         for example, prompt in zip(chunk, prompts, strict=True):
             if prompt is None:
@@ -169,16 +190,35 @@ def encode_prompts(
             else:
                 truncated += prompt.truncated
                 encoded.append(EncodedPrompt(example.id, prompt.text, prompt.ids, example.references, example.category))
-        if progress:
-            progress(len(chunk))
-    return encoded, PromptCounts(len(examples), len(encoded), dropped, truncated)
+        yield encoded, PromptCounts(len(chunk), len(encoded), dropped, truncated)
 
 
-def write_encoded(path: Path, examples: Sequence[EncodedExample]) -> None:
-    """Write tokenised rows as Arrow IPC: id, input_ids, prompt_tokens."""
+def encode_prompts(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    max_prompt_tokens: int = 256,
+    overlong: Overlong = "drop",
+) -> tuple[list[EncodedPrompt], PromptCounts]:
+    """All rows of `prompt_chunks` at once."""
+    encoded, counts = [], PromptCounts(0, 0, 0, 0)
+    for rows, found in prompt_chunks(examples, tokenizer, template, max_prompt_tokens, overlong):
+        encoded += rows
+        counts += found
+    return encoded, counts
+
+
+def chunks(rows: Iterable[T], size: int = _CHUNK_ROWS) -> Iterator[list[T]]:
+    """Rows in lists of `size`, the last one shorter: as many as are tokenised together."""
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
+
+
+def write_encoded(path: Path, examples: Iterable[EncodedExample]) -> None:
+    """Write tokenised rows, as they come, as Arrow IPC: id, input_ids, prompt_tokens."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _EXAMPLES) as writer:
-        for start in range(0, len(examples), _BATCH_ROWS):
-            rows = examples[start : start + _BATCH_ROWS]
+        for rows in chunks(examples, _BATCH_ROWS):
             columns: list[list[object]] = [
                 [row.id for row in rows],
                 [row.input_ids for row in rows],
@@ -196,11 +236,10 @@ def read_encoded(path: Path) -> EncodedDataset:
     return EncodedDataset(_read(path, _EXAMPLES))
 
 
-def write_prompts(path: Path, prompts: Sequence[EncodedPrompt]) -> None:
-    """Write tokenised benchmark rows as Arrow IPC: id, prompt, input_ids, references, category."""
+def write_prompts(path: Path, prompts: Iterable[EncodedPrompt]) -> None:
+    """Write tokenised benchmark rows, as they come, as Arrow IPC: id, prompt, input_ids, references, category."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _PROMPTS) as writer:
-        for start in range(0, len(prompts), _BATCH_ROWS):
-            rows = prompts[start : start + _BATCH_ROWS]
+        for rows in chunks(prompts, _BATCH_ROWS):
             columns: list[list[object]] = [
                 [row.id for row in rows],
                 [row.prompt for row in rows],
@@ -224,13 +263,12 @@ def read_prompts(path: Path) -> list[EncodedPrompt]:
     ]
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    return (examples[start : start + _CHUNK_ROWS] for start in range(0, len(examples), _CHUNK_ROWS))
-
-
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, so responses could never end")
+        raise ModelError(
+            f"the tokenizer {tokenizer.name_or_path} has no end-of-sequence token, so responses could never end; "
+            "set its eos_token"
+        )
     return int(tokenizer.eos_token_id)
 
 

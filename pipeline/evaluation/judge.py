@@ -304,9 +304,13 @@ class _Session:
                 "judge.base_url, which often ends in /v1"
             )
         if _out_of_quota(response):
-            raise JudgeError(f"{url}: the account's quota is used up ({reason}); the ratings so far are kept")
+            raise JudgeError(
+                f"{url}: the account's quota is used up ({reason}); the ratings so far are kept: raise it and run again"
+            )
         if status not in _RETRIED and status < 500:
-            raise JudgeError(f"{url} refuses the request ({reason}); the ratings so far are kept")
+            raise JudgeError(
+                f"{url} refuses the request ({reason}); the ratings so far are kept: check judge.model and run again"
+            )
 
     def _json(self, response: httpx.Response) -> Any:
         try:

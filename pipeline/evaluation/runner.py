@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.artifacts import UNSEALED, canonical_json, is_sealed, seal, text_digest
+from pipeline.artifacts import UNSEALED, canonical_json, is_sealed, seal, sync, text_digest
 from pipeline.data.examples import EncodedPrompt
 from pipeline.errors import ArtifactError
 from pipeline.evaluation.generate import (
@@ -331,6 +331,7 @@ def _write(table: pa.Table, file: Path, scratch: Path) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
+    sync(file.parent)
 
 
 def _seconds(table: pa.Table) -> float:

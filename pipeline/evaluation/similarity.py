@@ -57,7 +57,7 @@ def load_encoder(folder: Path, device: torch.device) -> Encoder:
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{folder}: cannot be loaded as a sentence encoder ({reason})") from None
+        raise ModelError(f"{folder}: cannot be loaded as a sentence encoder ({reason}); give another") from None
     return Encoder(model.eval())
 
 

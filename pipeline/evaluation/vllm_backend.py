@@ -211,7 +211,9 @@ class VllmDecoder:
                 "max_model_len, or lower max_prompt_tokens or max_new_tokens"
             )
         if reason not in ("stop", "length"):
-            raise ModelError(f"vLLM ended the response to {prompt.id} (seed {seed}) with {reason!r}; its log says why")
+            raise ModelError(
+                f"vLLM ended the response to {prompt.id} (seed {seed}) with {reason!r}; its log says why, mend that, or {_ELSE}"
+            )
         finished = reason == "stop"
         if finished and tokens[-1:] != (end,):
             raise ModelError(f"vLLM ended the response to {prompt.id} (seed {seed}) without the end token {end}; {_ELSE}")

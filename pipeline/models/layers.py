@@ -61,7 +61,7 @@ def check_pairs(pairs: Sequence[LayerPair], student_layers: int, teacher_layers:
         ConfigError: a layer does not exist.
     """
     problems = [
-        f"{what}[{index}]: {side} layer {layer} does not exist, the {side} has layers 0 (embeddings) to {last}"
+        f"{what}[{index}]: {side} layer {layer} does not exist, the {side} has 0 (embeddings) to {last}; give one of them"
         for index, pair in enumerate(pairs)
         for side, layer, last in (("student", pair[0], student_layers), ("teacher", pair[1], teacher_layers))
         if not 0 <= layer <= last
@@ -77,7 +77,9 @@ def _proportional(chosen: Iterable[int], student_layers: int, teacher_layers: in
 
 def _check_count(count: int, layers: int, what: str) -> None:
     if count > layers - 1:
-        raise ConfigError(f"{what}: {count} pairs, but a student of {layers} layers has {layers - 1} intermediate ones")
+        raise ConfigError(
+            f"{what}: {count} pairs, but a student of {layers} layers has {layers - 1} intermediate ones; lower it"
+        )
 
 
 def _evenly_spaced(count: int, layers: int, what: str) -> list[int]:

@@ -140,7 +140,8 @@ def _head(model: PreTrainedModel, vocab_size: int | None) -> Head:
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Linear):
         raise ModelError(
-            f"{model.config.model_type}: its output head is {type(module).__name__}, only linear heads are supported"
+            f"{model.config.model_type}: its output head is {type(module).__name__}, only linear heads are supported; "
+            "use another model"
         )
     config = model.config
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -164,7 +165,7 @@ def _verify(model: PreTrainedModel, lens: LogitLens) -> None:
     if width != lens.head.weight.shape[1]:
         raise ModelError(
             f"{model.config.model_type}: its blocks are {width} wide and its head takes {lens.head.weight.shape[1]}; "
-            "a projection between the two is not supported"
+            "a projection between the two is not supported, use another model"
         )
     expected = output.logits[..., : lens.head.size].float()
     difference = lens.head.logits(output.hidden_states[-1]).float() - expected
@@ -172,7 +173,7 @@ def _verify(model: PreTrainedModel, lens: LogitLens) -> None:
     if difference.abs().max() > 1e-2 * expected.abs().max():
         raise ModelError(
             f"{model.config.model_type}: the model's logits are not its head applied to its final states "
-            "(an unknown scaling or projection), so its logit lens would be wrong"
+            "(an unknown scaling or projection), so its logit lens would be wrong; use another model"
         )
 
 
@@ -184,7 +185,8 @@ def _child(model: PreTrainedModel, names: tuple[str, ...], what: str) -> nn.Modu
             if isinstance(child, nn.Module):
                 return child
     raise ModelError(
-        f"{model.config.model_type}: no {what} found (looked for {', '.join(names)}); this architecture is not supported"
+        f"{model.config.model_type}: no {what} found (looked for {', '.join(names)}); this architecture is not supported, "
+        "use another"
     )
 
 
@@ -207,4 +209,4 @@ def _read_weight(folder: Path, name: str) -> Tensor:
                 if candidate in keys:
                     tensor: Tensor = weights.get_tensor(candidate)
                     return tensor
-    raise ModelError(f"{folder}: no tensor {name} in its safetensors files")
+    raise ModelError(f"{folder}: no tensor {name} in its safetensors files; fetch the model again")

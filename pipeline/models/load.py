@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.artifacts import file_digest
 from pipeline.errors import ModelError
+from pipeline.hub import fetch_folder
 from pipeline.models.headers import check_gguf, check_safetensors
 
 log = logging.getLogger(__name__)
@@ -115,22 +116,13 @@ def fetch(location: ModelLocation, what: str) -> Path:
     """The folder of a model, downloaded if it is on the hub.
 
     Raises:
-        ModelError: the hub cannot be reached or has no such model.
+        ModelError: the hub has no such model.
+        HubUnavailable: it cannot be reached.
     """
     if location.folder is not None:
         return location.folder
     assert location.repo is not None  # a location is either on disk or on the hub
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(location.repo, revision=location.revision, allow_patterns=_HUB_FILES))
-    # The client raises errors of its HTTP library, which differs between its versions: whatever it is, the user is told.
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"{what}: cannot fetch {location.repo}@{location.revision} ({reason}); check the name and the network, "
-            f"or download it elsewhere and set {what}.kind=local and {what}.path"
-        ) from None
+    return fetch_folder(location.repo, str(location.revision), _HUB_FILES, what)
 
 
 @functools.lru_cache(maxsize=16)

@@ -203,9 +203,9 @@ def _read_config(folder: Path) -> Any:
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}/{_CONFIG}: not an adapter's configuration ({error})") from None
+        raise ModelError(f"{folder}/{_CONFIG}: not an adapter's configuration ({error}); give another adapter") from None
     if type(config) is not peft.LoraConfig:
-        raise ModelError(f"{folder}/{_CONFIG}: peft_type is {config.peft_type}; only LORA adapters are supported")
+        raise ModelError(f"{folder}/{_CONFIG}: peft_type is {config.peft_type}; only LORA adapters are supported; give one")
     return config
 
 
@@ -213,5 +213,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}/{_WEIGHTS}: cannot be read ({error}); pickled adapters are refused") from None
+        raise ModelError(
+            f"{folder}/{_WEIGHTS}: cannot be read ({error}); give an adapter in safetensors, pickled ones are refused"
+        ) from None
     return weights

@@ -102,7 +102,7 @@ def from_scratch(teacher: PretrainedConfig, changes: dict[str, int], seed: int) 
     for name, value in changes.items():
         key = "n_inner" if name == "intermediate_size" and hasattr(config, "n_inner") else attribute_map.get(name, name)
         if not hasattr(config, key):
-            raise ConfigError(f"student: {teacher.model_type} has no {name} to change")
+            raise ConfigError(f"student: {teacher.model_type} has no {name} to change; leave it null")
         setattr(config, key, value)
     if "hidden_size" in changes or "num_attention_heads" in changes:
         config.head_dim = config.hidden_size // config.num_attention_heads

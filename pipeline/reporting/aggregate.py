@@ -60,18 +60,21 @@ class Cell:
 def result_rows(scores: Iterable[RunScores]) -> list[ResultRow]:
     """One row per run, benchmark and metric, and one per run and metric for the average over benchmarks.
 
-    The average is taken per decoding seed over benchmarks first, so that its deviation is that of the average. Where
-    benchmarks have different numbers of decoding seeds it is that of their means, without a deviation.
+    The average is over the benchmarks that all runs have, so that averages compare. It is taken per decoding seed over
+    benchmarks first, so that its deviation is that of the average. Where benchmarks have different numbers of decoding seeds
+    it is that of their means, without a deviation.
     """
     scores = list(scores)
     rows = [_row(run, metric, values) for run in scores for metric, values in run.per_seed.items()]
     runs: dict[tuple[str, int | None], list[RunScores]] = {}
     for run in scores:
         runs.setdefault((run.method, run.train_seed), []).append(run)
+    common = set.intersection(*({run.benchmark for run in group} for group in runs.values())) if runs else set()
     for group in runs.values():
-        for metric in group[0].per_seed:
-            found = [run.per_seed[metric] for run in group if metric in run.per_seed]
-            if len(found) == len(group):
+        averaged = [run for run in group if run.benchmark in common]
+        for metric in averaged[0].per_seed if averaged else ():
+            found = [run.per_seed[metric] for run in averaged if metric in run.per_seed]
+            if len(found) == len(averaged):
                 rows.append(_row(replace(group[0], benchmark=AVERAGE), metric, _averages(found)))
     return rows
 

@@ -93,7 +93,7 @@ def prompt_scores(method: str, benchmark: str, tables: Mapping[int | None, pa.Ta
             with another number of decoding seeds.
     """
     if not tables:
-        raise DataError(f"{method} on {benchmark}: no generations to compare")
+        raise DataError(f"{method} on {benchmark}: no generations to compare; evaluate it first")
     first = next(iter(tables.values()))
     ids = tuple(dict.fromkeys(first["id"].to_pylist()))
     grids = [_grid(found, ids, metric, f"{method} s{seed} on {benchmark}") for seed, found in tables.items()]

@@ -54,7 +54,7 @@ class _Bar:
 
 
 def score_figure(scores: Sequence[PromptScores]) -> Figure:
-    """The mean over benchmarks and each of them: a bar per method, whiskers of 95 % over prompts, a dot per training seed.
+    """The mean over the benchmarks that all methods have, and each one: bars, whiskers of 95 % over prompts, training seeds.
 
     Whiskers are ± 1.96 standard errors of a mean over prompts, each prompt the mean over its decodings; the mean over
     benchmarks has the root of their summed squares over their number.
@@ -65,9 +65,14 @@ def score_figure(scores: Sequence[PromptScores]) -> Figure:
     if not scores:
         raise ValueError("no scores to draw; give at least one method on one benchmark")
     methods = list(dict.fromkeys(own.method for own in scores))
-    columns = [AVERAGE, *dict.fromkeys(own.benchmark for own in scores)]
+    names = dict.fromkeys(own.benchmark for own in scores)
+    common = [name for name in names if len({own.method for own in scores if own.benchmark == name}) == len(methods)]
+    panels_of = {**({AVERAGE: common} if common else {}), **{name: [name] for name in names}}
+    columns = list(panels_of)
     found = {
-        (method, name): _bar([own for own in scores if own.method == method], name) for method in methods for name in columns
+        (method, column): _bar([own for own in scores if own.method == method and own.benchmark in averaged])
+        for method in methods
+        for column, averaged in panels_of.items()
     }
     own_looks = looks(methods)
     with drawing_style():
@@ -160,7 +165,8 @@ def cost_figure(costs: Mapping[str, Sequence[Cost]], references: Mapping[str, fl
         figure = Figure(figsize=(WIDTH, max(3.6, 1.0 + 0.17 * (len(costs) + len(references)))), layout="constrained")
         axes = figure.add_subplot()
         for name, score in references.items():
-            axes.axhline(score, color="#767676", linestyle=":" if name == "untrained" else "--", linewidth=1.2, label=name)
+            dashes = ":" if name.startswith("untrained") else "--"
+            axes.axhline(score, color="#767676", linestyle=dashes, linewidth=1.2, label=name)
         for method, runs in costs.items():
             look = own_looks[method]
             x, y = [run.seconds for run in runs], [run.score for run in runs]
@@ -193,8 +199,7 @@ def _method_axis(axes: Axes, methods: Sequence[str]) -> None:
     axes.tick_params(axis="x", labelbottom=True)
 
 
-def _bar(scores: Sequence[PromptScores], column: str) -> _Bar | None:
-    chosen = [own for own in scores if column in (own.benchmark, AVERAGE)]
+def _bar(chosen: Sequence[PromptScores]) -> _Bar | None:
     if not chosen:
         return None
     runs: NDArray[np.float64] = np.mean([own.per_prompt.mean(axis=1) for own in chosen], axis=0)

@@ -76,11 +76,13 @@ class Page:
     Attributes:
         name, description: of the experiment.
         headline: what the evidence says, in one sentence.
+        warning: what must be known before any number is read; empty if there is nothing.
         standing: which method is highest, and what is not separated from it.
         cells: ROUGE-L.
         notes: sentences on how to read the tables.
         orientation: rows of models that were not trained here.
         standings: column → best method and ties.
+        marked: among which methods: "trained" ones, or "tested" ones where some of those are not tested.
         published: (method, benchmark) → the paper's score, where the settings are the paper's.
         comparison: every method against the baseline, None where there is nothing to compare.
         others: metric → its table, beside that of ROUGE-L.
@@ -98,10 +100,12 @@ class Page:
     description: str
     headline: str
     cells: Cells
+    warning: str = ""
     standing: str = ""
     notes: Sequence[str] = ()
     orientation: Sequence[str] = ()
     standings: Mapping[str, Standing] = field(default_factory=dict)
+    marked: str = "trained"
     published: Mapping[tuple[str, str], Score] = field(default_factory=dict)
     comparison: Comparison | None = None
     others: Mapping[str, Cells] = field(default_factory=dict)
@@ -272,13 +276,19 @@ def _standing(standing: Standing | None, method: str) -> str:
     return "best" if method == standing.best else "tied" if method in standing.tied else ""
 
 
-def standing_text(standing: Standing | None) -> str:
-    """One sentence on the average; a method with ties beside it is called the highest, not the best."""
+def standing_text(standing: Standing | None, marked: str = "trained") -> str:
+    """One sentence on the average; a method with ties beside it is called the highest, not the best.
+
+    Args:
+        standing: of the average.
+        marked: what it is among, see `Page`.
+    """
     if standing is None:
         return ""
+    among, other = ("Of the tested methods ", "other of them") if marked == "tested" else ("", "other method")
     if not standing.tied:
-        return f"{standing.best} has the highest mean over benchmarks, separated from every other method."
-    return f"{standing.best} has the highest mean over benchmarks; not separated from it: {', '.join(standing.tied)}."
+        return f"{among}{standing.best} has the highest mean over benchmarks, separated from every {other}."
+    return f"{among}{standing.best} has the highest mean over benchmarks; not separated from it: {', '.join(standing.tied)}."
 
 
 def _column(name: str) -> str:

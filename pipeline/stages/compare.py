@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import Artifact, write_text_atomically
+from pipeline.artifacts import Artifact
 from pipeline.config.experiment import Experiment
-from pipeline.config.methods import TASK_OF_KIND, Metrics, Training
 from pipeline.errors import ArtifactError
-from pipeline.reporting import examples, exports, render
-from pipeline.reporting.aggregate import AVERAGE, METRICS, ResultRow, RunScores, result_rows, table
-from pipeline.reporting.differences import ABSENT, differences, write_csv
-from pipeline.reporting.published import published
+from pipeline.reporting import notes
+from pipeline.reporting.aggregate import METRICS, ResultRow, RunScores, result_rows
+from pipeline.reporting.record import TrainingRecord
+from pipeline.reporting.record_files import write_records
+from pipeline.reporting.report import settings_of, write_report
 from pipeline.stages import report
 from pipeline.stages.evaluate import EvaluatePlan, read_scores
 from pipeline.stages.lens_profile import LensProfilePlan
@@ -22,10 +22,8 @@ from pipeline.stages.measure import MetricPlan, read_metric
 from pipeline.stages.place import Place, build, place
 from pipeline.stages.report import git_commit as git_commit
 from pipeline.stages.train import TrainPlan
-from pipeline.tracking import flatten
 
-VERSION = 4
-HEADLINE = "headline.txt"
+VERSION = 5
 _BASELINE = "kd"
 
 
@@ -138,45 +136,14 @@ def _row_of(name: str, trials: Sequence[Trial]) -> str | None:
 
 
 def run(plan: ComparePlan) -> Artifact:
-    """Write results.csv and .parquet, differences.csv, headline.txt, table.md and .tex, report.html and figures/."""
+    """Write the report, see `pipeline.reporting.report.write_report`, and the records that it is made from."""
 
     def work(folder: Path) -> Mapping[str, Any]:
-        rows = result_rows(trial_scores(plan.trials))
-        cells = table(rows)
-        evidence = report.evidence(plan.trials, plan.baseline)
-        standings = evidence.standings or {}
-        render.write_csv(folder / "results.csv", rows)
-        exports.write_parquet(folder / "results.parquet", rows)
-        write_text_atomically(folder / HEADLINE, evidence.headline + "\n")
-        write_text_atomically(folder / "table.md", render.markdown_table(cells, standings))
-        write_text_atomically(folder / "table.tex", exports.tex_table(cells, standings))
-        settings = method_settings(plan.trials)
-        differing = differences(settings)
-        write_csv(folder / "differences.csv", differing, list(settings))
-        extra = dict.fromkeys(row.metric for row in rows if row.metric not in METRICS)
-        page = render.Page(
-            name=plan.experiment.name,
-            description=plan.experiment.description,
-            headline=evidence.headline,
-            standing=render.standing_text(standings.get(AVERAGE)),
-            cells=cells,
-            notes=reading_notes(plan),
-            orientation=[trial.row for trial in plan.trials if trial.train is None],
-            standings=standings,
-            published=published(plan.experiment),
-            comparison=evidence.comparison,
-            others={metric: table(rows, metric) for metric in extra},
-            costs=_costs(plan.trials),
-            shared_costs=report.shared_costs(plan.trials),
-            differences=differing,
-            figures=report.draw(plan.trials, evidence, rows, folder),
-            examples=report.examples(plan.trials, evidence, plan.baseline),
-            rule=examples.RULE if evidence.comparison else examples.DRAWN_RULE,
-            limits=report.limits(plan.trials, evidence),
-            provenance=report.provenance(plan.trials, plan.place.fingerprint),
-        )
-        write_text_atomically(folder / "report.html", render.html_page(page))
-        return {"rows": len(rows), "trials": len(plan.trials)}
+        scores = trial_scores(plan.trials)
+        records = report.measured(plan, scores)
+        write_records(folder, records)
+        write_report(folder, records, plan.experiment.name, plan.place.fingerprint, report.here())
+        return {"rows": len(result_rows(scores)), "trials": len(plan.trials)}
 
     return build(plan.place, work, replace=True)
 
@@ -192,121 +159,17 @@ def trial_rows(trial: Trial) -> list[ResultRow]:
 
 
 def method_settings(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
-    """Method → every setting that it was trained with and that a method can have of its own, by dotted path."""
-    runs: dict[str, list[TrainPlan]] = {}
+    """Method → every setting that it is trained with and that a method can have of its own, by dotted path."""
+    runs: dict[str, list[TrainingRecord]] = {}
     for trial in trials:
         if trial.train is not None:
-            runs.setdefault(trial.row, []).append(trial.train)
-    return {method: {**_settings(plans[0]), **_found_rates(plans)} for method, plans in runs.items()}
+            runs.setdefault(trial.row, []).append(report.training_record(trial.train))
+    return settings_of(runs)
 
 
 def reading_notes(plan: ComparePlan) -> list[str]:
     """How to read the table: what the numbers are, what the deviations are over, what was equal."""
-    protocols = list(dict.fromkeys(_decoding_text(evaluation) for evaluation in plan.trials[0].evaluations))
-    how = protocols[0] if len(protocols) == 1 else "decoded by each benchmark's own protocol, stored with its scores"
-    trained = _training_notes(plan) if any(trial.train is not None for trial in plan.trials) else []
-    return [
-        f"ROUGE-L F (0–100, higher is better), {how}; avg is the mean over benchmarks.",
-        *trained,
-        *_metric_notes(plan.experiment.evaluation.metrics),
-        "teacher and untrained (the student before training) are there for orientation.",
-        *_baseline_notes(plan),
-    ]
-
-
-def _training_notes(plan: ComparePlan) -> list[str]:
-    training = plan.experiment.train
-    return [
-        f"± is the standard deviation over {len(training.seeds)} training seeds."
-        if len(training.seeds) > 1
-        else "One training seed: the deviation beside a score is over decoding seeds of one checkpoint, "
-        "which says nothing about the variance of training.",
-        f"Every trained row had {_budget(training)} and the same data order{_other_order(plan)}."
-        if plan.experiment.fair
-        else "Methods have budgets of their own (fair: false); the report lists every setting in which they differ.",
-    ]
-
-
-def _baseline_notes(plan: ComparePlan) -> list[str]:
-    if plan.missing_baseline is None:
-        return []
-    return [f"The baseline {plan.missing_baseline} has no finished trial; methods are compared with {plan.baseline} instead."]
-
-
-def _metric_notes(metrics: Metrics) -> list[str]:
-    notes = []
-    if metrics.similarity is not None:
-        notes.append("similarity: 100 · cosine of sentence embeddings of the prediction and its closest reference.")
-    if metrics.exposure_bias is not None:
-        notes.append(
-            f"ex_acc_err: excess accumulated error after {metrics.exposure_bias.lengths[-1]} tokens on the student's own "
-            "responses over the teacher's, per cent; 0 without exposure bias."
-        )
-    if metrics.calibration:
-        notes.append(
-            "ece: expected calibration error of the next-token predictions on the references, per cent; lower is better."
-        )
-    if metrics.judge is not None:
-        notes.append(
-            f"judge: mean rating by {metrics.judge.model}, 1 (useless) to 10 (excellent), with the first reference beside."
-        )
-    return notes
-
-
-def _other_order(plan: ComparePlan) -> str:
-    """Batches are made of rows of similar length, so other responses are batched otherwise."""
-    others = dict.fromkeys(trial.row for trial in plan.trials if trial.train is not None and trial.train.generated is not None)
-    return f" ({', '.join(others)}: in batches by the lengths of the teacher's responses)" if others else ""
-
-
-def _decoding_text(plan: EvaluatePlan) -> str:
-    decoding, count = plan.decoding, len(plan.seeds)
-    how = (
-        f"sampled at temperature {decoding.temperature:g}, top-p {decoding.top_p:g}, "
-        f"{count} decoding seed{'s' if count != 1 else ''}"
-        if decoding.do_sample
-        else "decoded greedily"
-    )
-    engine = " by vLLM" if plan.evaluation.engine == "vllm" else ""
-    return f"{how}, at most {decoding.max_new_tokens} new tokens{engine}"
-
-
-def _budget(training: Training) -> str:
-    if training.max_steps is not None:
-        length = f"{training.max_steps} step{'s' if training.max_steps != 1 else ''}"
-    else:
-        length = f"{training.epochs:g} epoch{'s' if training.epochs != 1 else ''}"
-    rates = training.learning_rates
-    peak = (
-        f"peak learning rate {rates[0]:g}"
-        if len(rates) == 1
-        else f"a search over the peak learning rates {', '.join(f'{rate:g}' for rate in rates)}"
-    )
-    return f"{length} of {training.batch_size} rows, {peak}"
-
-
-def _settings(plan: TrainPlan) -> dict[str, Any]:
-    config = plan.config
-    given = config.model_dump(mode="json", exclude={"alpha", "train"})
-    own = flatten({name: value for name, value in given.items() if (name, value) != ("on_policy", None)})
-    budget = flatten(plan.training.model_dump(mode="json", exclude={"seeds"}), "train.")
-    states = "none" if plan.alpha == 0 else f"{plan.cache.dtype} cache" if plan.cache else "online"
-    return {
-        "kind": own.pop("kind"),
-        "alpha": plan.alpha,
-        "task": TASK_OF_KIND.get(config.kind, ABSENT),
-        **own,
-        "training responses": "references" if plan.generated is None else "teacher's",
-        "teacher states": states,
-        **budget,
-    }
-
-
-def _found_rates(plans: Sequence[TrainPlan]) -> dict[str, Any]:
-    """The learning rate that the search kept for each training seed."""
-    artifacts = [plan.place.existing() for plan in plans if len(plan.training.learning_rates) > 1]
-    rates = [f"{artifact.manifest.counts['learning_rate']:g}" for artifact in artifacts if artifact is not None]
-    return {"train.learning_rate kept by the search": ", ".join(rates)} if rates else {}
+    return notes.reading_notes(report.planned(plan))
 
 
 def _run_scores(trial: Trial, plan: EvaluatePlan) -> RunScores:
@@ -315,21 +178,3 @@ def _run_scores(trial: Trial, plan: EvaluatePlan) -> RunScores:
     measured = {metric.name: read_metric(metric) for metric in trial.metrics if metric.evaluation == plan}
     per_seed |= {name: values for name, values in measured.items() if values}
     return RunScores(trial.row, trial.seed, plan.benchmark.name, per_seed)
-
-
-def _costs(trials: Sequence[Trial]) -> dict[str, dict[str, str]]:
-    costs = {}
-    for trial in trials:
-        artifact = trial.train.place.existing() if trial.train else None
-        if artifact is not None:
-            counts = artifact.manifest.counts
-            costs[trial.name] = {
-                "steps": str(counts["steps"]),
-                "training s": f"{counts['seconds']:.0f}",
-                "tokens": f"{counts['tokens']:,}",
-                "tokens/s": f"{counts['tokens'] / max(counts['seconds'], 1e-9):.0f}",
-                "peak GiB": f"{counts['peak_memory_gib']:.1f}",
-                "kept step": str(counts["best_step"]),
-                "learning rate": f"{counts['learning_rate']:g}",
-            }
-    return costs

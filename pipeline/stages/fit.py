@@ -184,8 +184,8 @@ def run_rank(task: str, folder: Path, group: Group, stop: StopAsked) -> None:
 
 
 def _fit_one(job: Fit, rate: float, make: Make, folder: Path, label: str) -> dict[str, Any]:
-    if (folder / SUMMARY).exists():  # killed between the end of training and the commit; the checkpoint may be gone in part
-        return _summary(folder)
+    if (finished := _finished(folder)) is not None:  # killed between the end of training and the commit
+        return finished
     launch = job.training.launch
     if launch.processes == 1:
         forget(folder)
@@ -198,6 +198,15 @@ def _fit_one(job: Fit, rate: float, make: Make, folder: Path, label: str) -> dic
     task = json.dumps({"stage": job.stage, "plan": job.plan, "rate": rate, "label": label})
     run_processes(__name__, task, folder, launch.processes, division, label)
     return _summary(folder)
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """What a training came to that ended; None if it did not end, or a file system has lost what was written.
+
+    Its checkpoint may be gone in part.
+    """
+    files = [folder / SUMMARY, folder / METRICS, *(file for file in (folder / MODEL).rglob("*") if file.is_file())]
+    return _summary(folder) if all(file.is_file() and file.stat().st_size for file in files) else None
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -305,9 +314,8 @@ def _sampler(job: Fit, subject: Subject) -> _OwnSamples | None:
 def _candidate(job: Fit, rate: float, make: Make, folder: Path) -> dict[str, Any]:
     """One learning rate's outcome; a rate at which training breaks down is a result of the search, not its end."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / SUMMARY).exists():
-        found: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        return found
+    if (folder / SUMMARY).exists() and (folder / SUMMARY).stat().st_size:
+        return _summary(folder)
     try:
         counts = _fit_one(job, rate, make, folder, f"{job.label}, learning rate {rate:g}")
     except ProcessLost:

@@ -213,7 +213,9 @@ def _calibrated(plan: MetricPlan, load: Callable[[], LoadedModel]) -> Measured:
     prompts = read_prompts(plan.evaluation.benchmark.place.open().path / PROMPTS)
     rows = reference_rows(prompts, loaded.tokenizer, plan.max_tokens)
     if not rows:
-        raise DataError(f"{plan.place.label}: every reference of {plan.evaluation.benchmark.name} is blank")
+        raise DataError(
+            f"{plan.place.label}: every reference of {plan.evaluation.benchmark.name} is blank; give it rows with references"
+        )
     batch_size, pad = plan.evaluation.evaluation.batch_size, pad_id(loaded.tokenizer)
     found = calibration(loaded.model, logit_lens(loaded.model), rows, batch_size, pad)
     return Measured([found.ece], {"calibration": asdict(found)}, {"rows": len(rows)})

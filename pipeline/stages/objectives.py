@@ -50,7 +50,10 @@ def planned_objective(method: Method) -> Objective | None:
     """
     if isinstance(_pairs_config(method.config), ProvenancePairs):
         if not method.pruned:
-            raise ConfigError(f"methods.{method.name}: provenance pairs need a pruned student, this one has no provenance")
+            raise ConfigError(
+                f"methods.{method.name}: provenance pairs need a pruned student, this one has no provenance; set student.kind "
+                "to pruned, or choose other pairs"
+            )
         return None
     return build_objective(method, None)
 
@@ -125,7 +128,7 @@ def resolve_pairs(pairs: Pairs, student: int, teacher: int, provenance: list[int
     if isinstance(pairs, ExplicitPairs):
         return layer_maps.check_pairs(pairs.pairs, student, teacher, what)
     if provenance is None:
-        raise ConfigError(f"{what}: provenance pairs need a pruned student")
+        raise ConfigError(f"{what}: provenance pairs need a pruned student; set student.kind to pruned, or other pairs")
     return layer_maps.provenance_pairs(pairs.count, provenance, what)
 
 

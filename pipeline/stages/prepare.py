@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import heapq
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipeline.config.data import (
     RowSample,
 )
 from pipeline.data import prompts, sources, tokenize
-from pipeline.data.examples import Example
+from pipeline.data.examples import EncodedExample, EncodedPrompt, Example
 from pipeline.errors import DataError
 from pipeline.hub import resolve_revision
 from pipeline.models.load import load_tokenizer
@@ -52,21 +53,27 @@ class RowsPlan:
     held_out: HeldOut | None
     part: str
 
-    def read(self) -> list[Example]:
-        """The rows.
+    def open(self) -> sources.Rows:
+        """The rows, to be gone through one at a time, as often as needed; held-out parts are drawn here, in a first pass.
 
         Raises:
-            DataError: the file is missing, malformed or empty, or too small for its held-out parts.
+            DataError: here or while they are read: the file is missing, malformed or empty, or too small for its held-out
+                parts.
         """
-        rows = sources.read_examples(self.source)
         if self.held_out is None:
-            return rows
+            return sources.Rows(self.source)
         parts = {"dev": self.held_out.dev, "test": self.held_out.test}
-        if sum(parts.values()) >= len(rows):
+        contents = sources.count_contents(sources.iterate_examples(self.source))
+        if sum(parts.values()) >= (rows := contents.total()):
             raise DataError(
-                f"data.held_out: {parts} asks for {sum(parts.values())} rows, but data.train has only {len(rows)}; lower them"
+                f"data.held_out: {parts} asks for {sum(parts.values())} rows, but data.train has only {rows}; lower them"
             )
-        return sources.split_examples(rows, parts, self.held_out.seed)[self.part]
+        drawn = sources.draw_parts(contents, parts, self.held_out.seed)
+        return sources.Rows(self.source, self.part, drawn, {**parts, "train": rows - sum(parts.values())})
+
+    def count(self) -> int:
+        """How many rows there are, after a look at each of them."""
+        return self.open().count()
 
     def describe(self) -> str:
         """Where the rows come from, for people."""
@@ -177,30 +184,17 @@ def run(plan: TrainingDataPlan) -> Artifact:
     def work(folder: Path) -> Mapping[str, Any]:
         tokenizer = load_tokenizer(plan.tokenizer.folder())
         config = plan.config
-        counts: dict[str, Any] = {}
-        dev = plan.dev.read()
-        for name, rows, file in (("train", plan.train.read(), TRAIN), ("dev", dev, DEV)):
-            with progress(f"tokenise {name}", len(rows), "rows") as advance:
-                encoded, found = tokenize.encode_training(
-                    rows,
-                    tokenizer,
-                    config.template,
-                    max_prompt_tokens=config.max_prompt_tokens,
-                    max_tokens=config.max_tokens,
-                    overlong=config.overlong,
-                    progress=advance,
-                )
-            _require_rows(encoded, getattr(plan, name).what, found)
-            tokenize.write_encoded(folder / file, encoded)
-            counts[name] = {
-                **asdict(found),
-                "tokens": sum(len(row.input_ids) for row in encoded),
-                "response_tokens": sum(len(row.input_ids) - row.prompt_tokens for row in encoded),
-            }
-        dev_prompts, _ = tokenize.encode_prompts(
-            dev, tokenizer, config.template, max_prompt_tokens=config.max_prompt_tokens, overlong=config.overlong
-        )
-        tokenize.write_prompts(folder / DEV_PROMPTS, dev_prompts)
+        train = plan.train.open()
+        # A held-out dev part comes from the same draw.
+        dev = plan.dev.open() if plan.dev.held_out is None else replace(train, part=plan.dev.part)
+        counts = {
+            name: _encode_training(rows, tokenizer, config, f"tokenise {name}", folder / file)
+            for name, rows, file in (("train", train, TRAIN), ("dev", dev, DEV))
+        }
+        for name, found in counts.items():
+            _require_rows(found, getattr(plan, name).what)
+        encoded = tokenize.prompt_chunks(dev, tokenizer, config.template, config.max_prompt_tokens, config.overlong)
+        tokenize.write_prompts(folder / DEV_PROMPTS, (row for kept, _ in encoded for row in kept))
         return counts
 
     return build(plan.place, work)
@@ -215,18 +209,31 @@ def run_benchmark(plan: BenchmarkPlan) -> Artifact:
 
     def work(folder: Path) -> Mapping[str, Any]:
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(plan.tokenizer.folder())
-        rows = plan.rows.read()
-        long_enough = rows if plan.spec.filter is None else filter_rows(rows, plan.spec.filter, tokenizer)
+        rows = long_enough = 0
+
+        def filtered() -> Iterator[Example]:
+            nonlocal rows, long_enough
+            for chunk in tokenize.chunks(plan.rows.open()):
+                kept = chunk if plan.spec.filter is None else filter_rows(chunk, plan.spec.filter, tokenizer)
+                rows, long_enough = rows + len(chunk), long_enough + len(kept)
+                yield from kept
+
+        chosen = filtered() if plan.spec.sample is None else sample_rows(filtered(), plan.spec.sample)
+        counts = tokenize.PromptCounts(0, 0, 0, 0)
+
+        def encoded() -> Iterator[EncodedPrompt]:
+            nonlocal counts
+            limit, overlong = plan.max_prompt_tokens, plan.overlong
+            for kept, found in tokenize.prompt_chunks(chosen, tokenizer, plan.template, limit, overlong):
+                counts += found
+                yield from kept
+
+        tokenize.write_prompts(folder / PROMPTS, encoded())
         if not long_enough:
-            raise DataError(f"benchmarks.{plan.name}.filter: no row of {len(rows)} is left; lower it")
-        chosen = long_enough if plan.spec.sample is None else sample_rows(long_enough, plan.spec.sample)
-        encoded, counts = tokenize.encode_prompts(
-            chosen, tokenizer, plan.template, max_prompt_tokens=plan.max_prompt_tokens, overlong=plan.overlong
-        )
-        _require_rows(encoded, plan.rows.what, counts)
-        tokenize.write_prompts(folder / PROMPTS, encoded)
-        left_out = {"filtered_out": len(rows) - len(long_enough), "not_sampled": len(long_enough) - len(chosen)}
-        return {**asdict(counts), "rows": len(rows), **left_out}
+            raise DataError(f"benchmarks.{plan.name}.filter: no row of {rows} is left; lower it")
+        _require_rows(asdict(counts), plan.rows.what)
+        left_out = {"filtered_out": rows - long_enough, "not_sampled": long_enough - counts.rows}
+        return {**asdict(counts), "rows": rows, **left_out}
 
     return build(plan.place, work)
 
@@ -243,11 +250,34 @@ def filter_rows(rows: Sequence[Example], wanted: RowFilter, tokenizer: PreTraine
     return [row for row, length in zip(rows, lengths, strict=True) if length >= least]
 
 
-def sample_rows(rows: Sequence[Example], sample: RowSample) -> list[Example]:
+def sample_rows(rows: Iterable[Example], sample: RowSample) -> list[Example]:
     """The rows whose hash of seed and id is lowest, in the order of `rows`; all where there are no more than asked for."""
-    drawn = sorted((row.id for row in rows), key=lambda name: text_digest(f"{sample.seed}:{name}"))[: sample.rows]
-    chosen = set(drawn)
-    return [row for row in rows if row.id in chosen]
+    numbered = ((text_digest(f"{sample.seed}:{row.id}"), number, row) for number, row in enumerate(rows))
+    drawn = heapq.nsmallest(sample.rows, numbered, key=lambda one: one[0])
+    return [row for _, _, row in sorted(drawn, key=lambda one: one[1])]
+
+
+def _encode_training(
+    rows: sources.Rows, tokenizer: PreTrainedTokenizerBase, config: DataConfig, label: str, file: Path
+) -> dict[str, Any]:
+    """Tokenise rows into `file`; what the manifest says of them."""
+    counts, tokens, prompt_tokens = tokenize.EncodingCounts(0, 0, 0, 0, 0, 0), 0, 0
+    chunks = tokenize.training_chunks(
+        rows, tokenizer, config.template, config.max_prompt_tokens, config.max_tokens, config.overlong
+    )
+    with progress(label, rows.count(), "rows") as advance:
+
+        def encoded() -> Iterator[EncodedExample]:
+            nonlocal counts, tokens, prompt_tokens
+            for kept, found in chunks:
+                counts += found
+                tokens += sum(len(row.input_ids) for row in kept)
+                prompt_tokens += sum(row.prompt_tokens for row in kept)
+                yield from kept
+                advance(found.rows)
+
+        tokenize.write_encoded(file, encoded())
+    return {**asdict(counts), "tokens": tokens, "response_tokens": tokens - prompt_tokens}
 
 
 def _encoding(template: str, max_prompt_tokens: int, overlong: str) -> dict[str, Any]:
@@ -260,11 +290,11 @@ def _source(source: LocalData | HubData | BundledData, what: str) -> sources.Sou
     if isinstance(source, BundledData):
         return sources.BundledSource(source.name, source.first, source.skip)
     commit = resolve_revision(source.repo, source.revision, "dataset", what)
-    return sources.HubSource(source.repo, source.file, commit, source.first, source.skip)
+    return sources.HubSource(source.repo, source.file, commit, source.first, source.skip, what)
 
 
-def _require_rows(rows: Sequence[object], what: str, counts: object) -> None:
-    if not rows:
+def _require_rows(counts: Mapping[str, Any], what: str) -> None:
+    if not counts["kept"]:
         raise DataError(
             f"{what}: no row is left ({counts}); raise data.max_prompt_tokens or set data.overlong=truncate_context"
         )

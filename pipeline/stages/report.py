@@ -1,386 +1,279 @@
-"""What the report of a comparison is made of: evidence, figures, generations, limits and provenance of its trials."""
+"""What a report needs of an experiment: its plans as records, with what their artifacts say; and where it is written."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
-import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from operator import attrgetter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as parquet
 
 import pipeline
-from pipeline.artifacts import Artifact
+from pipeline.artifacts import Artifact, fingerprint
+from pipeline.config.methods import TASK_OF_KIND, Metrics, Training
 from pipeline.data.prompts import holds_special_tokens
 from pipeline.data.tokenize import read_encoded, read_prompts
-from pipeline.errors import DataError
-from pipeline.evaluation.lens_profile import write_profiles
 from pipeline.models.load import load_tokenizer
-from pipeline.reporting import examples as rules
-from pipeline.reporting.aggregate import AVERAGE, ResultRow
-from pipeline.reporting.compare import Comparison, Standing, compare_methods, headline, prompt_scores, ties
+from pipeline.reporting.aggregate import RunScores
+from pipeline.reporting.differences import ABSENT
 from pipeline.reporting.overlap import Overlap, Seen, overlap, seen
-from pipeline.reporting.render import Answer, Example, Picture, signed
-from pipeline.reporting.statistics import PromptScores
+from pipeline.reporting.published import published
+from pipeline.reporting.record import (
+    DATA,
+    DataRecord,
+    EvaluationRecord,
+    ExperimentRecord,
+    Facts,
+    Generations,
+    InputRecord,
+    Measured,
+    MetricRecord,
+    Prompt,
+    Records,
+    RowCounts,
+    SharedWork,
+    TrainingRecord,
+    TrainingRun,
+    TrialRecord,
+)
+from pipeline.reporting.record_files import SCORED
+from pipeline.reporting.report import CURVES
+from pipeline.stages import evaluate, measure, train
 from pipeline.stages.evaluate import GENERATIONS, EvaluatePlan, read_scores
 from pipeline.stages.fit import METRICS
 from pipeline.stages.lens_profile import read_profile
-from pipeline.stages.place import MODEL, obtain
-from pipeline.stages.prepare import DEV_PROMPTS, PROMPTS, TRAIN
+from pipeline.stages.measure import MetricPlan
+from pipeline.stages.place import MODEL, Place, obtain
+from pipeline.stages.prepare import DEV_PROMPTS, PROMPTS, TRAIN, BenchmarkPlan
+from pipeline.stages.student import StudentPlan
 from pipeline.stages.train import TrainPlan
+from pipeline.tracking import flatten
 
 if TYPE_CHECKING:
-    from pipeline.reporting.figures import Cost
-    from pipeline.stages.compare import Trial
-
-FIGURES = "figures"
-_CURVES = ("train/loss", "dev/loss", "dev/rouge_l")
-_FEW_SEEDS = 5
-Curves = dict[str, list[tuple[int, float]]]
-"""Metric → (step, value)."""
-Label = Callable[["Trial"], str]
-"""What a trial's line or bar is called: trials of one label are drawn alike."""
+    from pipeline.stages.compare import ComparePlan, Trial
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What can be said of the methods.
+def planned(plan: ComparePlan) -> Facts:
+    """What is known of an experiment before anything of it has run."""
+    experiment, identity = plan.experiment, plan.place.fingerprint
+    record = ExperimentRecord(
+        experiment.name, experiment.name, experiment.description, identity, experiment.fair, _budget(experiment.train),
+        _metrics(plan.trials, experiment.evaluation.metrics), list(published(experiment).values()),
+    )  # fmt: skip
+    trials = [_trial(trial, identity) for trial in plan.trials]
+    data = [DataRecord(run.data.place.fingerprint, run.data.config.max_tokens, None, {}) for run in _data(plan.trials).values()]
+    return Facts([record], trials, data, plan.baseline, plan.missing_baseline)
 
-    Attributes:
-        headline: in one sentence.
-        scores: of every row on every benchmark; empty where rows cannot be put side by side.
-        tested: those that are compared: of methods trained here, and of the baseline.
-        comparison: against the baseline, None without one.
-        standings: column → best and ties; empty where there are fewer than two methods.
-        problem: why rows cannot be compared, empty if they can.
+
+def measured(plan: ComparePlan, scores: Sequence[RunScores]) -> Records:
+    """Everything that the report is made from; the evaluations must be there.
+
+    Args:
+        plan: the comparison.
+        scores: of every trial on every benchmark, in order.
     """
-
-    headline: str
-    scores: Sequence[PromptScores] = ()
-    tested: Sequence[PromptScores] = ()
-    comparison: Comparison | None = None
-    standings: Mapping[str, Standing] | None = None
-    problem: str = ""
-
-
-def evidence(trials: Sequence[Trial], baseline: str | None) -> Evidence:
-    """Compare the rows prompt by prompt; rows with other prompts or decoding seeds have scores but no comparison."""
-    scores: list[PromptScores] = []
-    try:
-        scores = _prompt_scores(trials)
-        if baseline is None:
-            return Evidence("No method was trained here: the table shows the models as they are.", scores)
-        trained = {trial.row for trial in trials if trial.train is not None}
-        tested = [own for own in scores if own.method in trained or own.method == baseline]
-        comparison = compare_methods(tested, baseline)
-        standings = ties(tested, comparison) if comparison.averages else {}
-    except DataError as error:
-        told = "The methods are not compared: their evaluations cannot be paired prompt by prompt."
-        return Evidence(told, scores, problem=str(error))
-    return Evidence(headline(comparison), scores, tested, comparison, standings)
+    facts, found = planned(plan), iter(scores)
+    trials = [_with_results(trial, record, found) for trial, record in zip(plan.trials, facts.trials, strict=True)]
+    benchmarks = {own.benchmark.place.fingerprint: own.benchmark for trial in plan.trials for own in trial.evaluations}
+    data = [_data_record(run, list(benchmarks.values())) for run in _data(plan.trials).values()]
+    experiments = [replace(facts.experiments[0], written=here())]
+    return Records(replace(facts, experiments=experiments, trials=trials, data=data), _generations(plan.trials))
 
 
-def paired_scores(trials: Sequence[Trial]) -> Sequence[PromptScores]:
-    """Scores of every row on every benchmark; none where rows cannot be put side by side."""
-    try:
-        return _prompt_scores(trials)
-    except DataError:
-        return ()  # the report says why, see `evidence`
-
-
-def draw(trials: Sequence[Trial], found: Evidence, rows: Sequence[ResultRow], folder: Path) -> dict[str, list[Picture]]:
-    """Write figures/*.png and *.svg; section of the report → its figures."""
-    from pipeline.reporting import figures
-
-    (folder / FIGURES).mkdir(exist_ok=True)
-    sections: dict[str, list[Picture]] = {"lens": _lens_figures(trials, folder)}
-    if found.scores:
-        sections["scores"] = [
-            _save(
-                figures.score_figure(found.scores), folder, "scores", "Scores with intervals",
-                "Bars are means, whiskers 95 % intervals over prompts, and dots, where there are any, single training seeds. "
-                "Whiskers that overlap do not mean that methods are equal: the paired comparison is sharper.",
-            )
-        ]  # fmt: skip
-    if found.comparison is not None and found.comparison.averages:
-        contrasts = (*found.comparison.averages, *found.comparison.benchmarks)
-        sections["effects"] = [
-            _save(
-                figures.effect_figure(contrasts, found.comparison.baseline), folder, "effects",
-                f"Differences to {found.comparison.baseline}",
-                "Right of the line a method scores higher, left of it lower. A hollow marker is not separated from zero after "
-                "the correction, wherever it lies.",
-            )
-        ]  # fmt: skip
-    curves, costs = curves_of(trials, _CURVES, attrgetter("row")), costs_of(trials, rows, attrgetter("row"))
-    if any(curve for runs in curves.values() for run in runs for curve in run.values()):
-        sections["curves"] = [
-            _save(
-                figures.curve_figure(curves), folder, "curves", "Learning curves",
-                "One line per method, the mean over its training seeds; training loss is a running mean. Training losses are "
-                "of different objectives, so their heights do not compare; dev metrics do.",
-            )
-        ]  # fmt: skip
-    if costs:
-        references = {
-            row.method: row.mean
-            for row in rows
-            if (row.benchmark, row.metric, row.train_seed) == (AVERAGE, "rouge_l", None) and row.method not in costs
-        }
-        sections["cost"] = [
-            _save(
-                figures.cost_figure(costs, references), folder, "cost", "Cost against quality",
-                "Up and left is better: a higher score for less training time. Levels are models that were not trained here.",
-            )
-        ]  # fmt: skip
-    return sections
-
-
-def examples(trials: Sequence[Trial], found: Evidence, baseline: str | None) -> list[Example]:
-    """The generations that the rule chooses."""
-    choices = rules.choose(found.tested or found.scores, baseline if found.tested else None)
-    rows = _first_trials(trials)
-    responses = {
-        (row, name): _responses(plan, [choice.id for choice in choices if choice.benchmark == name])
-        for row, trial in rows.items()
-        for name, plan in _evaluations(trial).items()
-    }
-    trained = [row for row, trial in rows.items() if trial.train is not None and row != baseline]
-    shown = []
-    for choice in choices:
-        # Rows that cannot be paired may lack the prompt.
-        own = {row: responses[row, choice.benchmark].get(choice.id) for row in rows if (row, choice.benchmark) in responses}
-        answered = {row: text for row, text in own.items() if text is not None}
-        beside = choice.method or next((row for row in trained if row in answered), None)
-        first = [row for row in (baseline, beside) if row in answered] or list(answered)[:1]
-        answers = {row: Answer(rows[row].name, text["prediction"], text["rouge_l"]) for row, text in answered.items()}
-        head = next(iter(answered.values()))
-        shown.append(
-            Example(
-                _title(choice, baseline), head["prompt"], head["references"], [answers[row] for row in first],
-                [answer for row, answer in answers.items() if row not in first],
-            )
-        )  # fmt: skip
-    return shown
-
-
-def limits(trials: Sequence[Trial], found: Evidence) -> list[str]:
-    """What the numbers cannot say: few seeds, references and responses that were cut, contaminated prompts."""
-    said = [f"The methods are not compared prompt by prompt: {found.problem}."] if found.problem else []
-    said += _seed_limits(trials)
-    prompts = {plan.benchmark.name: read_scores(plan.place.path)["rows"] for plan in trials[0].evaluations}
-    said.append(
-        f"{sum(prompts.values())} prompts ({', '.join(f'{name} {count}' for name, count in prompts.items())}): differences "
-        "that are small against the intervals above stay unseen, and other prompts may order the methods otherwise."
+def training_record(plan: TrainPlan) -> TrainingRecord:
+    """How a model is trained, and what that took as far as its artifacts are here."""
+    data, teacher = plan.data, plan.teacher
+    recipe = {name: value for name, value in plan.place.recipe.items() if name != "seed"}
+    return TrainingRecord(
+        label=plan.place.label,
+        fingerprint=plan.place.fingerprint,
+        family=fingerprint("train", train.VERSION, recipe, plan.place.upstream),
+        settings=_settings(plan),
+        searched=len(plan.training.learning_rates) > 1,
+        own_batches=plan.generated is not None,
+        inputs=[
+            InputRecord(DATA, Path(data.train.describe()).name, data.place.label, data.place.fingerprint),
+            InputRecord("student", _student_name(plan.student), plan.student.place.label, plan.student.place.fingerprint),
+            InputRecord("teacher", teacher.location.label, "teacher", teacher.digest[:16]),
+        ],
+        asks_teacher=plan.alpha > 0 or plan.generated is not None,
+        run=_run(plan),
+        shared=_shared(plan),
     )
-    said += _cut_limits(trials)
-    said += _overlap_limits(trials)
-    said.append("ROUGE-L counts words shared with references in order; it sees neither truth nor style.")
-    return said
 
 
-def provenance(trials: Sequence[Trial], fingerprint: str) -> dict[str, dict[str, str]]:
-    """Group → name → value: code and machine, protocols, fingerprints."""
-    runs = {trial.name: trial.train for trial in trials if trial.train is not None}
-    made = {name: plan.place.existing() for name, plan in runs.items()}
-    versions = dict.fromkeys(_versions(artifact) for artifact in made.values() if artifact is not None)
-    protocols: dict[str, dict[str, None]] = {}
-    for trial in trials:
-        for plan in trial.evaluations:
-            protocols.setdefault(plan.benchmark.name, {})[plan.protocol_hash] = None
-    inputs: dict[str, str] = {}
-    for run in runs.values():
-        inputs |= {where.label: where.fingerprint for where in (run.data.place, run.student.place)}
-        inputs["teacher"] = run.teacher.digest[:16]
-    return {
-        "Code and machine": {
-            "git commit": git_commit() or "not in a git checkout",
-            "pipeline": pipeline.__version__,
-            "trained with": "; ".join(versions) or "nothing was trained here",
-            "report written on": _machine(),
-        },
-        "Protocol hashes": {name: ", ".join(found) for name, found in protocols.items()},
-        "Fingerprints": {
-            "comparison": fingerprint,
-            **inputs,
-            **{plan.place.label: plan.place.fingerprint for plan in runs.values()},
-            **{plan.place.label: plan.place.fingerprint for trial in trials for plan in trial.evaluations},
-        },
-    }
-
-
-def shared_costs(trials: Sequence[Trial]) -> list[str]:
-    """Work whose result several runs share, from the manifests that are here."""
-    users: dict[str, list[str]] = {}
-    seconds: dict[str, float] = {}
-    for trial in trials:
-        if trial.train is not None:
-            for plan in (trial.train.cache, trial.train.generated):
-                artifact = None if plan is None else plan.place.existing()
-                if plan is not None and artifact is not None:
-                    users.setdefault(plan.place.label, []).append(trial.row)
-                    seconds[plan.place.label] = artifact.manifest.seconds
-    return [f"{label}: {seconds[label]:.0f} s once, for {', '.join(dict.fromkeys(rows))}." for label, rows in users.items()]
+def here() -> dict[str, str]:
+    """Code and machine that write a report now."""
+    commit = git_commit() or "not in a git checkout"
+    return {"git commit": commit, "pipeline": pipeline.__version__, "report written on": _machine()}
 
 
 def git_commit() -> str | None:
     """Commit of the code that runs, with "+changes" if the checkout differs from it."""
-    here = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        )
         changes = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
-def _evaluations(trial: Trial) -> dict[str, EvaluatePlan]:
-    return {plan.benchmark.name: plan for plan in trial.evaluations}
+def _trial(trial: Trial, origin: str) -> TrialRecord:
+    training = None if trial.train is None else training_record(trial.train)
+    model = str(trial.evaluations[0].place.upstream["model"])
+    evaluations = [_evaluation(plan) for plan in trial.evaluations]
+    return TrialRecord(trial.method, trial.variant, trial.seed, trial.row, [origin], model, training, evaluations)
 
 
-def _first_trials(trials: Sequence[Trial]) -> dict[str, Trial]:
-    """Row → its first trial."""
-    first: dict[str, Trial] = {}
+def _evaluation(plan: EvaluatePlan) -> EvaluationRecord:
+    where, prompts = plan.place, plan.place.upstream["benchmark"]
+    conditions = fingerprint("evaluate", evaluate.VERSION, where.recipe, {"benchmark": prompts})
+    return EvaluationRecord(plan.benchmark.name, where.label, where.fingerprint, conditions, prompts, plan.protocol())
+
+
+def _metrics(trials: Sequence[Trial], settings: Metrics) -> list[MetricRecord]:
+    notes = _metric_notes(settings)
+    plans: dict[str, MetricPlan] = {}
     for trial in trials:
-        first.setdefault(trial.row, trial)
-    return first
+        for plan in trial.metrics:
+            plans.setdefault(plan.name, plan)
+    return [MetricRecord(name, note, _metric_conditions(plans[name])) for name, note in notes.items() if name in plans]
 
 
-def _prompt_scores(trials: Sequence[Trial]) -> list[PromptScores]:
-    tables: dict[tuple[str, str], dict[int | None, Any]] = {}
-    for trial in trials:
-        for name, plan in _evaluations(trial).items():
-            read = parquet.read_table(plan.place.path / GENERATIONS, columns=["id", "seed", "rouge_l"])
-            tables.setdefault((trial.row, name), {})[trial.seed] = read
-    return [prompt_scores(row, name, found) for (row, name), found in tables.items()]
+def _metric_conditions(plan: MetricPlan) -> str:
+    """Of how it is measured, whatever the model and the benchmark."""
+    encoder = {name: value for name, value in plan.place.upstream.items() if name == "encoder"}
+    return fingerprint("metric", measure.VERSION, plan.place.recipe, encoder)
 
 
-def _responses(plan: EvaluatePlan, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Prompt id → its row under the first decoding seed."""
-    found = parquet.read_table(plan.place.path / GENERATIONS, filters=[("id", "in", list(ids))]) if ids else None
-    first: dict[str, dict[str, Any]] = {}
-    for row in [] if found is None else found.to_pylist():
-        first.setdefault(row["id"], row)
-    return first
+def _metric_notes(metrics: Metrics) -> dict[str, str]:
+    notes = {}
+    if metrics.similarity is not None:
+        notes["similarity"] = "100 · cosine of sentence embeddings of the prediction and its closest reference."
+    if metrics.exposure_bias is not None:
+        notes["ex_acc_err"] = (
+            f"excess accumulated error after {metrics.exposure_bias.lengths[-1]} tokens on the student's own "
+            "responses over the teacher's, per cent; 0 without exposure bias."
+        )
+    if metrics.calibration:
+        notes["ece"] = "expected calibration error of the next-token predictions on the references, per cent; lower is better."
+    if metrics.judge is not None:
+        notes["judge"] = (
+            f"mean rating by {metrics.judge.model}, 1 (useless) to 10 (excellent), with the first reference beside."
+        )
+    return notes
 
 
-def _title(choice: rules.Choice, baseline: str | None) -> str:
-    if choice.method is None or choice.gain is None:
-        return f"{choice.benchmark} · {choice.rule}"
-    return f"{choice.benchmark} · {choice.rule} · {choice.method} {signed(choice.gain)} against {baseline}"
-
-
-def _save(figure: Any, folder: Path, name: str, title: str, caption: str) -> Picture:
-    from pipeline.reporting import lens_figure
-
-    return Picture(title, lens_figure.save(figure, folder / FIGURES / name)[1], caption)
-
-
-def _lens_figures(trials: Sequence[Trial], folder: Path) -> list[Picture]:
-    """lens_profile.json and its figures, for the trials that have a profile."""
-    profiles = {trial.name: read_profile(trial.profile) for trial in trials if trial.profile is not None}
-    if not profiles:
-        return []
-    from pipeline.reporting import lens_figure
-
-    write_profiles(folder / "lens_profile.json", profiles)
-    return [
-        _save(
-            lens_figure.divergence_figure(profiles), folder, "lens_divergence",
-            "Divergence to the teacher at every mapped layer",
-            "Lower is closer to the teacher; the last layer is the prediction itself.",
-        ),
-        _save(
-            lens_figure.confidence_figure(profiles), folder, "lens_confidence",
-            "Over- and under-confidence at every mapped layer",
-            "Left: where the student gives a token more probability than the teacher; right: where it gives less.",
-        ),
-    ]  # fmt: skip
-
-
-def curves_of(trials: Sequence[Trial], metrics: Sequence[str], label: Label) -> dict[str, list[Curves]]:
-    """Label → for each of its runs metric → curve."""
-    curves: dict[str, list[Curves]] = {}
-    for trial in trials:
-        file = None if trial.train is None else trial.train.place.path / METRICS
-        if file is not None and file.exists():
-            records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            curves.setdefault(label(trial), []).append(
-                {
-                    name: [(record["step"], record["metrics"][name]) for record in records if name in record["metrics"]]
-                    for name in metrics
-                }
-            )
-    return curves
-
-
-def costs_of(trials: Sequence[Trial], rows: Sequence[ResultRow], label: Label) -> dict[str, list[Cost]]:
-    """Label → for each of its runs training time and average score."""
-    from pipeline.reporting.figures import Cost
-
-    means = {(row.method, row.train_seed): row.mean for row in rows if (row.benchmark, row.metric) == (AVERAGE, "rouge_l")}
-    costs: dict[str, list[Cost]] = {}
-    for trial in trials:
-        artifact = None if trial.train is None else trial.train.place.existing()
-        if artifact is not None:
-            cost = Cost(float(artifact.manifest.counts["seconds"]), means[trial.row, trial.seed])
-            costs.setdefault(label(trial), []).append(cost)
-    return costs
-
-
-def _seed_limits(trials: Sequence[Trial]) -> list[str]:
-    seeds: dict[str, int] = {}
-    for trial in trials:
-        if trial.train is not None:
-            seeds[trial.row] = seeds.get(trial.row, 0) + 1
-    fewest = min(seeds.values(), default=_FEW_SEEDS)
-    if fewest == 1:
-        alone = [row for row, count in seeds.items() if count == 1]
-        who = "every method" if len(alone) == len(seeds) else ", ".join(alone)
-        return [
-            f"One training seed for {who}: what is said holds for these checkpoints. How much a score changes when the same "
-            "method is trained again is not measured."
-        ]
-    if fewest < _FEW_SEEDS:
-        return [f"{fewest} training seeds: the deviation over them is itself uncertain, which widens the intervals."]
-    return []
-
-
-def _cut_limits(trials: Sequence[Trial]) -> list[str]:
-    said = []
-    for plan in _data(trials).values():
-        artifact = obtain(plan.data.place)
-        limit = plan.data.config.max_tokens
-        if artifact is None:
-            said.append(f"Training responses are cut at {limit} tokens per row; how many were is not known here.")
-        else:
-            counts = artifact.manifest.counts["train"]
-            said.append(
-                f"Truncated references: {counts['cut_response']} of {counts['kept']} training rows were cut at {limit} tokens "
-                f"and have no end token; {counts['overlong_prompt']} of {counts['rows']} were left out for their long prompt. "
-                "References of the benchmarks are scored whole."
-            )
-    lengths = sorted({plan.decoding.max_new_tokens for trial in trials for plan in trial.evaluations})
-    cut = {
-        trial.name: statistics.fmean(read_scores(plan.place.path)["share_cut"] for plan in trial.evaluations)
-        for trial in trials
-    }
-    least, most = min(cut, key=lambda name: cut[name]), max(cut, key=lambda name: cut[name])
-    shares = [f"{100 * cut[name]:.0f} %" for name in (least, most)]
-    range_text = shares[0] if shares[0] == shares[1] else f"{shares[0]} ({least}) to {shares[1]} ({most})"
-    said.append(
-        f"Responses end at {' or '.join(map(str, lengths))} new tokens: {range_text} of a model's responses were cut there and "
-        "cannot match a longer reference."
+def _budget(training: Training) -> str:
+    if training.max_steps is not None:
+        length = f"{training.max_steps} step{'s' if training.max_steps != 1 else ''}"
+    else:
+        length = f"{training.epochs:g} epoch{'s' if training.epochs != 1 else ''}"
+    rates = training.learning_rates
+    peak = (
+        f"peak learning rate {rates[0]:g}"
+        if len(rates) == 1
+        else f"a search over the peak learning rates {', '.join(f'{rate:g}' for rate in rates)}"
     )
-    return said
+    return f"{length} of {training.batch_size} rows, {peak}"
+
+
+def _settings(plan: TrainPlan) -> dict[str, Any]:
+    config = plan.config
+    given = config.model_dump(mode="json", exclude={"alpha", "train"})
+    own = flatten({name: value for name, value in given.items() if (name, value) != ("on_policy", None)})
+    budget = flatten(plan.training.model_dump(mode="json", exclude={"seeds"}), "train.")
+    states = "none" if plan.alpha == 0 else f"{plan.cache.dtype} cache" if plan.cache else "online"
+    return {
+        "kind": own.pop("kind"),
+        "alpha": plan.alpha,
+        "task": TASK_OF_KIND.get(config.kind, ABSENT),
+        **own,
+        "training responses": "references" if plan.generated is None else "teacher's",
+        "teacher states": states,
+        **budget,
+    }
+
+
+def _student_name(plan: StudentPlan) -> str:
+    made = plan.config.kind if plan.own is None else plan.own.location.label
+    return f"{made}, {plan.layers} layers"
+
+
+def _with_results(trial: Trial, record: TrialRecord, scores: Iterator[RunScores]) -> TrialRecord:
+    evaluations = []
+    for plan, own in zip(trial.evaluations, record.evaluations, strict=True):
+        about = read_scores(plan.place.path)
+        per_seed = {metric: list(values) for metric, values in next(scores).per_seed.items()}
+        evaluations.append(replace(own, measured=Measured(about["rows"], about["share_cut"], per_seed)))
+    return replace(record, evaluations=evaluations, profile=None if trial.profile is None else read_profile(trial.profile))
+
+
+def _run(plan: TrainPlan) -> TrainingRun | None:
+    artifact = plan.place.existing()
+    if artifact is None:
+        return None
+    counts = artifact.manifest.counts
+    return TrainingRun(
+        float(counts["seconds"]), counts["steps"], counts["tokens"], float(counts["peak_memory_gib"]), counts["best_step"],
+        float(counts["learning_rate"]), dict(sorted(artifact.manifest.versions.items())), _curves(artifact),
+    )  # fmt: skip
+
+
+def _curves(artifact: Artifact) -> dict[str, list[tuple[int, float]]]:
+    file = artifact.path / METRICS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    records = [json.loads(line) for line in lines]
+    curves = {name: [(own["step"], own["metrics"][name]) for own in records if name in own["metrics"]] for name in CURVES}
+    return {name: [(step, value) for step, value in curve if math.isfinite(value)] for name, curve in curves.items()}
+
+
+def _shared(plan: TrainPlan) -> list[SharedWork]:
+    """Work whose result several runs share, from the manifests that are here."""
+    places = [own.place for own in (plan.cache, plan.generated) if own is not None]
+    return [SharedWork(place.label, place.fingerprint, seconds) for place in places if (seconds := _seconds(place)) is not None]
+
+
+def _seconds(place: Place) -> float | None:
+    artifact = place.existing()
+    return None if artifact is None else artifact.manifest.seconds
+
+
+def _generations(trials: Sequence[Trial]) -> Generations:
+    """Scores of all trials, texts of the first training seed of each row under the first decoding seed."""
+    tables: dict[str, pa.Table] = {}
+    prompts: dict[str, dict[str, Prompt]] = {}
+    shown: set[str] = set()
+    for trial in trials:
+        for plan in trial.evaluations:
+            if trial.row in shown:
+                columns = [name for name in SCORED.names if name != "prediction"]
+                table = parquet.read_table(plan.place.path / GENERATIONS, columns=columns)
+                texts = pa.nulls(len(table), pa.string())
+            else:
+                table = parquet.read_table(plan.place.path / GENERATIONS)
+                first = pc.equal(table["seed"], table["seed"][0])
+                texts = pc.if_else(first, table["prediction"], None)
+                own = prompts.setdefault(plan.benchmark.place.fingerprint, {})
+                for row in table.filter(first).select(["id", "prompt", "references"]).to_pylist():
+                    own[row["id"]] = Prompt(row["prompt"], row["references"])
+            scores = table.select([name for name in SCORED.names if name != "prediction"])
+            tables[plan.place.fingerprint] = scores.append_column("prediction", texts)
+        shown.add(trial.row)
+    return Generations(tables, prompts)
 
 
 def _data(trials: Sequence[Trial]) -> dict[str, TrainPlan]:
@@ -392,52 +285,28 @@ def _data(trials: Sequence[Trial]) -> dict[str, TrainPlan]:
     return found
 
 
-def _overlap_limits(trials: Sequence[Trial]) -> list[str]:
-    benchmarks = [plan.benchmark for plan in trials[0].evaluations]
-    found: list[Overlap] = []
-    unknown: list[str] = []
-    for run in _data(trials).values():
-        rows = obtain(run.data.place)
-        known = None if rows is None else _seen(run, rows)
-        for benchmark in benchmarks:
-            prompts = obtain(benchmark.place)
-            if known is None or prompts is None:
-                unknown.append(benchmark.name)
-            else:
-                asked = _texts(run, benchmark.template, [row.input_ids for row in read_prompts(prompts.path / PROMPTS)])
-                found += [overlap(benchmark.name, asked, part, others) for part, others in known.items()]
-    said = [_overlap_text(one) for one in dict.fromkeys(found) if one.same_instruction]
-    clean = [name for name in dict.fromkeys(one.benchmark for one in found) if not _contaminated(name, found)]
-    if clean:
-        said.append(
-            f"No prompt of {', '.join(clean)} occurs in the training or dev rows (instructions and whole prompts, case and "
-            "white space aside); what the teacher or the student saw before is not known."
-        )
-    if unknown:
-        names = ", ".join(dict.fromkeys(unknown))
-        said.append(f"Whether prompts of {names} occur in the training or dev rows was not checked: the rows are not here.")
-    return said
+def _data_record(run: TrainPlan, benchmarks: Sequence[BenchmarkPlan]) -> DataRecord:
+    rows = obtain(run.data.place)
+    known = None if rows is None else _seen(run, rows)
+    overlaps = {benchmark.place.fingerprint: _overlaps(run, benchmark, known) for benchmark in benchmarks}
+    made = None if rows is None else rows.manifest.counts["train"]
+    counts = None if made is None else RowCounts(**{name: made[name] for name in RowCounts.__dataclass_fields__})
+    return DataRecord(run.data.place.fingerprint, run.data.config.max_tokens, counts, overlaps)
 
 
-def _contaminated(benchmark: str, found: Sequence[Overlap]) -> bool:
-    return any(one.same_instruction for one in found if one.benchmark == benchmark)
-
-
-def _overlap_text(one: Overlap) -> str:
-    named = "; ".join(f"“{text if len(text) <= 90 else text[:89] + '…'}”" for text in one.named)
-    more = ", among them" if one.same_instruction > len(one.named) else ":"
-    return (
-        f"Contaminated prompts: of the {one.prompts} prompts of {one.benchmark}, {one.same_instruction} "
-        f"{'has' if one.same_instruction == 1 else 'have'} an instruction that occurs in the {one.part} rows too, "
-        f"{one.same_prompt} of them with the same input{more} {named}. They are scored like the others."
-    )
+def _overlaps(run: TrainPlan, benchmark: BenchmarkPlan, known: dict[str, Seen] | None) -> list[Overlap] | None:
+    prompts = obtain(benchmark.place)
+    if known is None or prompts is None:
+        return None
+    asked = _texts(run, benchmark.template, [row.input_ids for row in read_prompts(prompts.path / PROMPTS)])
+    return [overlap(benchmark.name, asked, part, others) for part, others in known.items()]
 
 
 def _seen(run: TrainPlan, rows: Artifact) -> dict[str, Seen]:
     """Prompts of the training and the dev rows."""
-    train = [row.input_ids[: row.prompt_tokens] for row in read_encoded(rows.path / TRAIN)]
+    train_rows = [row.input_ids[: row.prompt_tokens] for row in read_encoded(rows.path / TRAIN)]
     dev = [prompt.input_ids for prompt in read_prompts(rows.path / DEV_PROMPTS)]
-    return {part: seen(_texts(run, run.data.config.template, ids)) for part, ids in (("training", train), ("dev", dev))}
+    return {part: seen(_texts(run, run.data.config.template, ids)) for part, ids in (("training", train_rows), ("dev", dev))}
 
 
 def _texts(run: TrainPlan, template: str, prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -445,10 +314,6 @@ def _texts(run: TrainPlan, template: str, prompts: Sequence[Sequence[int]]) -> l
     tokenizer = load_tokenizer(run.place.path / MODEL)
     skip = not holds_special_tokens(template)
     return [str(tokenizer.decode(list(ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)) for ids in prompts]
-
-
-def _versions(artifact: Artifact) -> str:
-    return ", ".join(f"{name} {version}" for name, version in sorted(artifact.manifest.versions.items()))
 
 
 def _machine() -> str:

@@ -47,6 +47,15 @@ class StudentPlan:
     own: ModelPlan | None
     layers: int
 
+    @property
+    def label(self) -> str:
+        """What it is, for people: "pruned to 20 of 30 layers"."""
+        if self.own is not None:
+            return self.own.location.label
+        if isinstance(self.config, PrunedStudent):
+            return f"pruned to {self.layers} of {self.teacher.config().num_hidden_layers} layers"
+        return f"new, {self.layers} layers"
+
 
 def plan_student(config: StudentConfig, teacher: ModelPlan, data: TrainingDataPlan, root: Path) -> StudentPlan:
     """Plan the student's artifact.

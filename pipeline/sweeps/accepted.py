@@ -142,7 +142,7 @@ def _scores(row: str, evaluations: Evaluations, run_dir: Path) -> Sequence[Promp
         folders = {None if seed == "None" else int(seed): run_dir / folder for seed, folder in seeds.items()}
         protocols = {str(read_scores(folder)["protocol_hash"]) for folder in folders.values()}
         if len(protocols) > 1:
-            raise DataError(f"{row}: its evaluations on {benchmark} follow several protocols")
+            raise DataError(f"{row}: its evaluations on {benchmark} follow several protocols; evaluate all under one")
         tables = {seed: parquet.read_table(folder / GENERATIONS) for seed, folder in folders.items()}
         scores.append(prompt_scores(row, f"{benchmark} {protocols.pop()}", tables))
     return scores

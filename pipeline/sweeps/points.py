@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipeline.config.sweep import Axis, Grid, Listed, OptunaSearch, RandomSearch, Range, Sweep, Values
+from pipeline.config.sweep import MAX_POINTS, Axis, Grid, Listed, OptunaSearch, RandomSearch, Range, Sweep, Values
 from pipeline.errors import ConfigError
 
 Point = Mapping[str, Any]
@@ -54,6 +54,7 @@ def applies(axis: Axis, point: Point) -> bool:
 
 
 def _grid(axes: Mapping[str, Axis]) -> list[Point]:
+    _check_size(axes)
     points: list[dict[str, Any]] = [{}]
     for name, axis in axes.items():
         assert isinstance(axis, Values)  # the configuration refuses ranges in a grid
@@ -63,6 +64,16 @@ def _grid(axes: Mapping[str, Axis]) -> list[Point]:
             for extended in ([{**point, name: value} for value in axis.values] if applies(axis, point) else [point])
         ]
     return _distinct(points)
+
+
+def _check_size(axes: Mapping[str, Axis]) -> None:
+    """Refuse a grid before it is built; an axis with a condition counts in full."""
+    count = math.prod(len(axis.values) for axis in axes.values() if isinstance(axis, Values))
+    if count > MAX_POINTS:
+        raise ConfigError(
+            f"axes: a grid of {count} points, but a sweep has at most {MAX_POINTS}; give fewer values, or search.kind: random "
+            "with search.points"
+        )
 
 
 def _draw(axes: Mapping[str, Axis], seed: int, index: int) -> Point:

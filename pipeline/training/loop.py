@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pipeline.artifacts import sync, sync_all
 from pipeline.data.collate import IGNORE_INDEX, Batch
 from pipeline.errors import DataError, TrainingError
 from pipeline.losses.elementwise import Backend
@@ -147,6 +148,7 @@ def train(
 
     def save() -> None:
         nonlocal saved
+        metrics.sync()
         checkpoint.save(folder / "checkpoint", student, optimizer, progress, writes=first)
         saved = progress.step
 
@@ -289,7 +291,7 @@ class MetricsLog:
         self._path, self._writes = path, writes
         if writes:
             self._drop_torn_line()
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
         self._written = {(record["step"], frozenset(record["metrics"])) for record in records}
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -300,6 +302,11 @@ class MetricsLog:
         self._written.add(key)
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, "time": time.time(), "metrics": metrics}) + "\n")
+
+    def sync(self) -> None:
+        """Make the records so far durable."""
+        if self._writes and self._path.exists():
+            sync(self._path)
 
     def _drop_torn_line(self) -> None:
         if self._path.exists():
@@ -345,6 +352,7 @@ def _validate(
         shutil.rmtree(fresh, ignore_errors=True)
     save_model(fresh)
     if writes:
+        sync_all(fresh)  # before a checkpoint says that this step's weights are kept
         shutil.rmtree(folder / "model", ignore_errors=True)
         fresh.rename(folder / "model")
     return replace(progress, best_step=progress.step, best_value=value)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pipeline.config.loading import read_yaml
 from pipeline.errors import ConfigError
 
 # What `accelerate config` writes for FSDP2, with the values that this pipeline carries out.
@@ -67,16 +67,17 @@ def read_division(strategy: str, config: Path | None, what: str) -> Division | N
     if strategy == "fsdp":
         return Sharding() if config is None else _sharding(_mapping(config, f"{what}.config"), config, f"{what}.config")
     if config is None:
-        raise ConfigError(f"{what}.config: strategy deepspeed needs DeepSpeed's JSON file with zero_optimization.stage")
+        raise ConfigError(
+            f"{what}.config: strategy deepspeed needs DeepSpeed's JSON file with zero_optimization.stage; give its path"
+        )
     return _zero(_mapping(config, f"{what}.config"), config, f"{what}.config")
 
 
 def _mapping(path: Path, what: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{what}: {path} cannot be read ({' '.join(str(error).split())})") from None
-    return found if isinstance(found, dict) else {}
+        return read_yaml(path)  # JSON is YAML, too
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {path}: {error.problems[0]}") from None
 
 
 def _sharding(found: dict[str, Any], path: Path, what: str) -> Sharding:
@@ -97,7 +98,7 @@ def _sharding(found: dict[str, Any], path: Path, what: str) -> Sharding:
 def _zero(found: dict[str, Any], path: Path, what: str) -> Zero:
     options = found.get("zero_optimization")
     if not isinstance(options, dict) or options.get("stage") not in (2, 3):
-        raise ConfigError(f"{what}: {path} needs zero_optimization.stage 2 or 3")
+        raise ConfigError(f"{what}: {path} needs zero_optimization.stage 2 or 3; set it")
     given = [name for name, value in found.items() if name != "zero_optimization" and not _automatic(value)]
     given += [
         f"zero_optimization.{name}" for name, value in options.items() if name.startswith("offload") and value is not None

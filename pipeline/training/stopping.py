@@ -26,7 +26,7 @@ def never() -> bool:
 
 
 class _Flag:
-    """A flag for signal handlers. No Event: a handler can interrupt itself, and would then wait for the Event's lock for ever."""
+    """A flag for signal handlers. No Event: a handler that interrupts itself would wait for the Event's lock for ever."""
 
     def __init__(self) -> None:
         self.raised = False

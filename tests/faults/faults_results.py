@@ -42,7 +42,7 @@ def _content(file: Path) -> Any:
         return {**manifest, "files": sorted(manifest["files"])}
     if file.suffix == ".jsonl":
         return [_without_times(json.loads(line)) for line in file.read_text().splitlines()]
-    if file.name in ("summary.json", "scores.json"):
+    if file.name in ("summary.json", "scores.json", "records.json"):
         return _without_times(json.loads(file.read_text()))
     if file.name == "ledger.json":
         return json.loads(file.read_text())

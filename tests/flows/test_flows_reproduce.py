@@ -90,11 +90,22 @@ def test_one_flat_run_per_trial_with_the_same_metric_names(finished: tuple[Path,
     assert {"train/loss_task", "train/loss_features"} <= set(runs["mse s10"].data.metrics)
     trial = runs["distilllens s10"]
     assert trial.data.params["method.lens.weight"] == "1.0" and trial.data.params["train_seed"] == "10"
+    assert trial.data.params["student"] == "pruned to 3 of 6 layers"
     assert trial.data.tags["checkpoint"].endswith("/model") and "git_commit" in trial.data.tags
     inputs = {item.dataset.name: item for item in trial.inputs.dataset_inputs}
     config = MlflowClient(f"sqlite:///{finished[1].resolve() / 'mlflow.db'}").list_artifacts(trial.info.run_id, "config")
     assert [file.path for file in config] == ["config/config.yaml"]
     assert set(inputs) == {"train", "general", "tasks"} and all(item.dataset.digest for item in inputs.values())
+
+
+def test_every_trained_student_is_a_model_of_its_run(finished: tuple[Path, Path]) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished[1].resolve() / 'mlflow.db'}")
+    models = client.search_logged_models([client.get_experiment_by_name("tiny").experiment_id])
+    runs = {run.info.run_id: run.info.run_name for run in mlflow_runs(finished[1], "tiny")}
+    assert sorted(runs[model.source_run_id] for model in models) == sorted(f"{m} s{s}" for m in METHODS for s in (10, 20))
+    assert {str(model.status) for model in models} == {"READY"}
 
 
 def test_curves_are_complete_and_in_order(finished: tuple[Path, Path]) -> None:
@@ -209,6 +220,13 @@ def test_nothing_is_told_to_anyone_when_the_store_is_unreachable(
     run(config, run_dir)
     assert (run_dir / "tiny" / "comparison" / "results.csv").is_file()
     assert not (run_dir / "tiny" / "tracked.json").exists()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    before = manifests(run_dir)
+    run(config, run_dir)  # to another store, and nothing is made again
+    found = {found.info.run_name: found for found in mlflow_runs(run_dir, "tiny")}
+    assert set(found) == {"teacher", "untrained", "kd s10"} and {each.info.status for each in found.values()} == {"FINISHED"}
+    assert found["kd s10"].data.tags["mlflow.loggedImages"] == "True"
+    assert manifests(run_dir) == before and (run_dir / "tiny" / "tracked.json").exists()
 
 
 def test_a_tuned_teacher_and_its_generations_are_stages_of_their_own(

@@ -93,7 +93,7 @@ def run_dir(chromium: tuple[str, str], tmp_path_factory: pytest.TempPathFactory)
         evaluation={"decoding": {"max_new_tokens": 8}, "seeds": [1, 2], "lens_profile": True},
     )
     command = [sys.executable, "-m", "pipeline.cli", "reproduce", str(config), "--run-dir", str(folder / "runs")]
-    done = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs"
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from browsing import BENCHMARKS, METHODS, SEEDS, errors, hosts, until
 
+from pipeline.reporting.looks import looks
+
 RUNS = {f"{method} s{seed}" for method in METHODS for seed in SEEDS}
 # MLflow asks for accounts that a server without them does not have.
 ITS_OWN = "mlflow/users/current"
@@ -38,6 +40,16 @@ def charts(browser: Any) -> dict[str, dict[str, list[float]]]:
                 plot && plot.data ? plot.data.filter(t => t.type === 'scatter').map(t => [t.name, [...(t.x || [])]]) : []];
     })"""
     return {title: dict(traces) for title, traces in browser.execute_script(script)}
+
+
+def colours(browser: Any) -> dict[str, str]:
+    """Run → the colour of its curve of the training loss."""
+    script = """
+    const cards = [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')];
+    const card = cards.find(card => card.innerText.trim().split('\\n')[0] === 'train/loss');
+    return card.querySelector('.js-plotly-plot').data.map(t => [t.name, t.marker.color.slice(0, 7)]);
+    """
+    return {name: colour.lower() for name, colour in browser.execute_script(script)}
 
 
 def test_the_runs_table_opens_on_the_leaderboard(open_page: Callable[..., Any], leaderboard: str, run_dir: Path) -> None:
@@ -87,8 +99,27 @@ def test_generations_stand_side_by_side(open_page: Callable[..., Any], leaderboa
     browser = open_page(leaderboard)
     link = "return [...document.querySelectorAll('a')].find(a => a.href.includes('generations_general.json'))?.href"
     browser.get(until(lambda: browser.execute_script(link), "the link to the generations"))
-    wanted = {"prompt", "references", "teacher", "untrained", *METHODS}
-    until(lambda: wanted <= set(texts(browser, "th, [role=columnheader]")), "a column for each method")
+    wanted = {"prompt", "references", "teacher", "untrained", *METHODS, "id"}
+    until(lambda: wanted == set(texts(browser, "th, [role=columnheader]")), "a column for each method")
+    heads = texts(browser, "th, [role=columnheader]")
+    assert heads[:2] == ["prompt", "references"] and heads[-1] == "id"
+    assert {"Runs", "Models"} <= set(texts(browser, "aside a"))  # not the pages for language model applications
+
+
+def test_a_run_says_what_it_is_and_what_it_was_made_of(open_page: Callable[..., Any], leaderboard: str) -> None:
+    browser = open_page(leaderboard, height=1600)
+    link = "return [...document.querySelectorAll('a')].find(a => a.textContent.trim() === 'distilllens s10')?.href"
+    browser.get(until(lambda: browser.execute_script(link), "the link to a run"))
+    tags = ("stage", "method", "family", "teacher", "config_fingerprint", "git_commit")
+
+    def described() -> str:
+        text = str(browser.find_element("css selector", "body").text)
+        return text if all(f"{tag}\n: " in text for tag in tags) else ""
+
+    page = until(described, "its tags")
+    assert "train (" in page and "Training" in page  # the data set with its digest, and what it was used for
+    assert "eval/avg/rouge_l" in page and "train_seed" in page
+    assert not alien(errors(browser))
 
 
 def test_the_compare_page_draws_one_curve_for_each_run_and_shows_images(
@@ -97,22 +128,28 @@ def test_the_compare_page_draws_one_curve_for_each_run_and_shows_images(
     browser = open_page(f"{leaderboard}&compareRunsMode=CHART", height=2600)
     for name in ("dev/rouge_l", "dev/loss", "train/loss"):
         until(lambda name=name: set(charts(browser).get(name, {})) == RUNS, f"a curve of {name} for each run")  # type: ignore[misc]
+    found, own = colours(browser), looks(METHODS)
+    assert found == {run: own[run.split()[0]].colour.lower() for run in RUNS}
     steps = charts(browser)
     assert all(curve == list(range(1, 7)) for curve in steps["train/loss"].values())
     assert all(curve == [2, 4, 6] for name in ("dev/loss", "dev/rouge_l") for curve in steps[name].values())
-    figures = {f"figures/{name}" for name in ("cost", "curves", "lens", "scores")}
+    figures = [f"figures/{name}" for name in ("scores", "curves", "cost", "lens", "confidence")]  # as they lie on the page
 
-    def shown() -> dict[str, int]:
-        """Title of a card → its images that are loaded."""
+    def shown(name: str) -> int:
+        """How many of a card's images are loaded; only what is in view is."""
         script = """
-        return [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')].map(card =>
-            [card.innerText.trim().split('\\n')[0], [...card.querySelectorAll('img')].filter(i => i.naturalWidth > 50).length])
+        const cards = [...document.querySelectorAll('[data-testid="experiment-view-compare-runs-card"]')];
+        const card = cards.find(card => card.innerText.trim().split('\\n')[0] === arguments[0]);
+        if (!card) return 0;
+        card.scrollIntoView({block: 'center'});
+        return [...card.querySelectorAll('img')].filter(image => image.naturalWidth > 50).length;
         """
-        for card in browser.find_elements("css selector", "[data-testid='experiment-view-compare-runs-section-header']"):
-            if "figures" in card.text:
-                browser.execute_script("arguments[0].scrollIntoView()", card)
-        return dict(browser.execute_script(script))
+        return int(browser.execute_script(script, name))
 
-    until(lambda: all(shown().get(name, 0) > 1 for name in figures), f"images of several runs in each of {sorted(figures)}")
+    for header in browser.find_elements("css selector", "[data-testid='experiment-view-compare-runs-section-header']"):
+        if "figures" in header.text:
+            browser.execute_script("arguments[0].scrollIntoView()", header)
+    for name in figures:
+        until(lambda name=name: shown(name) > 1, f"images of several runs in {name}", 120)  # type: ignore[misc]
     assert not alien(errors(browser))
     assert hosts(browser) == {"127.0.0.1"}

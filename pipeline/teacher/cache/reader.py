@@ -93,7 +93,9 @@ class CachedTeacher:
         ledger = _open_ledger(folder)
         check_key(ledger.key, expected, folder, more_layers=True)
         if ledger.num_layers != num_layers:
-            raise CacheMismatchError(f"{folder}: num_layers: cache has {ledger.num_layers}, expected {num_layers}")
+            raise CacheMismatchError(
+                f"{folder}: num_layers: cache has {ledger.num_layers}, expected {num_layers}; capture one for this teacher"
+            )
         _verify(folder, ledger)
         self._folder, self._ledger, self._device = folder, ledger, device
         self._rows = {
@@ -129,7 +131,9 @@ class CachedTeacher:
         """
         missing = sorted(set(layers) - set(self.layers))
         if missing:
-            raise CacheMismatchError(f"{self._folder}: layers: cache has {list(self.layers)}, but {missing} are asked for")
+            raise CacheMismatchError(
+                f"{self._folder}: layers: cache has {list(self.layers)}, but {missing} are asked for; capture one with them"
+            )
         places = self._find(batch)
         total = sum(batch.response_counts)
         storage, width = STORAGE[self._ledger.key.dtype], self._ledger.width

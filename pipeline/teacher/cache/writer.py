@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.artifacts import file_digest
+from pipeline.artifacts import file_digest, sync
 from pipeline.data.collate import Batch, collate
 from pipeline.data.examples import EncodedExample
 from pipeline.errors import ArtifactError, CacheMismatchError, DataError, ModelError
@@ -335,6 +335,7 @@ class _OpenShard:
         self._stream.close()
         facts = ShardFacts(self._path.name, self._rows, self._tokens, self._partial.stat().st_size, file_digest(self._partial))
         os.replace(self._partial, self._path)
+        sync(self._path.parent)
         return facts
 
     def discard(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -110,17 +111,40 @@ def refusal(outcome: Outcome) -> str:
 # Configurations
 
 NUMBERS: list[Any] = [
-    0, -1, 1, 7, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), -float("inf")
+    0, -1, 1, 7, 2**31, 10**9, 10**12, 10**18, 2**63, -(2**70), 10**400,
+    0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), -float("inf"),
 ]  # fmt: skip
 TEXTS = [
     "", " ", "null", "~", "0", "1e400", "../../etc/passwd", "/etc/passwd", "/dev/zero",
     "/proc/self/mem", "..", ".", "a/../../b",
     "C:\\x", "\\\\host\\share", "a\0b", "\x1b[31mred\x1b[0m", "\r\n", "‮gnp.exe", "\U0001f600",
-    "é" * 300, "x" * 5000, "[/bold]",
+    "é" * 300, "x" * 5000, "x" * 100_000, "[/bold]", "a\u2066b\u2069", "\x9b31m", "\u200b", "a\u0085b",
     "<script>alert(1)</script>", "${HOME}", "$(id)", "`id`", "{{ 7*7 }}", "%s%n", "a=b", "a:b",
     "file:///etc/passwd", "http://127.0.0.1:1/x", "!!python/object/apply:os.system [id]", "*a", "&a", "os", "antigravity.x",
 ]  # fmt: skip
-NAMES = ["name", "kind", "path", "include", "", "a.b", "0", "<<", "__class__", "model_config", "\x1b[2J", "z" * 3000]
+NAMES = [
+    "name",
+    "kind",
+    "path",
+    "include",
+    "",
+    "a.b",
+    "0",
+    "<<",
+    "__class__",
+    "model_config",
+    "\x1b[2J",
+    "z" * 3000,
+    "\u202ea",
+    "a\u2066",
+]
+
+
+def _nested(levels: int) -> Any:
+    return [_nested(levels - 1)] if levels else 0
+
+
+LARGE = [list(range(1500)), [[0] * 100] * 30, {f"k{index}": index for index in range(1500)}, *map(_nested, (20, 31, 60, 150))]
 
 
 def values() -> st.SearchStrategy[Any]:
@@ -135,7 +159,7 @@ def values() -> st.SearchStrategy[Any]:
             st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=5), inner, max_size=4)
         ),
         max_leaves=6,
-    )
+    ) | st.sampled_from(LARGE).map(copy.deepcopy)
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

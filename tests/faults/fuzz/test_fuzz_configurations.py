@@ -103,6 +103,7 @@ def test_validate_plans_or_refuses_overrides(room: Path, data: st.DataObject) ->
 @given(data=st.data())
 @examples(500)
 def test_sweeps_are_planned_or_refused(room: Path, data: st.DataObject) -> None:
+    """Of few points: each is planned as an experiment, and how many there may be has its own test."""
     checked(room, "sweep", str(written(room, data.draw(spoilt(SWEEP)), "spoilt-sweep.yaml")), "--dry-run")
 
 

@@ -97,6 +97,43 @@ def test_a_file_is_durable_before_its_manifest_names_it(tmp_path: Path, monkeypa
     assert Path(synced[-1]) == tmp_path
 
 
+def test_what_is_replaced_goes_when_the_new_name_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "x", "a" * 16)
+    events: list[str] = []
+    fsync, rmtree = os.fsync, artifacts.shutil.rmtree
+    monkeypatch.setattr(
+        artifacts.os, "fsync", lambda fd: (events.append(f"sync {os.readlink(f'/proc/self/fd/{fd}')}"), fsync(fd))[1]
+    )
+    monkeypatch.setattr(artifacts.shutil, "rmtree", lambda path, **_: (events.append(f"remove {path}"), rmtree(path))[1])
+    monkeypatch.setattr(artifacts.os, "rename", lambda old, new: (events.append(f"rename {new}"), os.replace(old, new))[1])
+    (tmp_path / "x.discarded").mkdir()
+    make(tmp_path / "x", "b" * 16)
+    assert events[-3:] == [f"rename {tmp_path / 'x'}", f"sync {tmp_path}", f"remove {tmp_path / 'x.discarded'}"]
+
+
+def test_new_folders_above_an_artifact_are_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(artifacts.os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd))[1])
+    make(tmp_path / "runs" / "stage" / "x")
+    assert synced[:2] == [str(tmp_path), str(tmp_path / "runs")]
+
+
+def test_a_file_system_that_syncs_no_folders_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def refuse(number: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{number}"):
+            raise OSError(22, "Invalid argument")
+        fsync(number)
+
+    monkeypatch.setattr(artifacts.os, "fsync", refuse)
+    assert open_or_fail(make(tmp_path / "x").path)
+    monkeypatch.setattr(artifacts.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output"):
+        make(tmp_path / "y")
+
+
 def _hold(path: Path, seconds: float) -> None:
     with exclusive(path):
         time.sleep(seconds)

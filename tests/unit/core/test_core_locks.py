@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline import locks
+from pipeline.errors import ArtifactError
 from pipeline.locks import exclusive, held, lock_path
 
 # Every holder dies inside, so that every turn is a take-over, with the other workers waiting for the same one; what they
@@ -116,3 +119,90 @@ def test_a_process_that_ended_and_was_not_reaped_holds_nothing(tmp_path: Path) -
     with exclusive(lock, wait_seconds=0):
         pass
     process.wait()
+
+
+def dead(lock: Path, **changes: object) -> None:
+    """The lock of a process that is gone, or as changed."""
+    lock.write_text(json.dumps({"pid": os.getpid(), "start": "1", "host": socket.gethostname(), **changes}))
+
+
+def test_a_link_whose_answer_was_lost_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS: the client repeats the request, and is told that the name exists."""
+    link = os.link
+
+    def repeated(old: Path, new: Path) -> None:
+        link(old, new)
+        link(old, new)
+
+    monkeypatch.setattr(os, "link", repeated)
+    with exclusive(tmp_path / "l", wait_seconds=0):
+        assert held(tmp_path / "l")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("jump", [-1e9, 1e9])
+def test_the_age_of_a_lock_plays_no_role_whatever_the_clock_says(
+    jump: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, now = tmp_path / "l", time.time()
+    monkeypatch.setattr(time, "time", lambda: now + jump)
+    lock.write_text(json.dumps({"pid": os.getppid(), "start": locks._start_time(os.getppid()), "host": socket.gethostname()}))
+    os.utime(lock, (now - jump, now - jump))
+    with pytest.raises(ArtifactError, match=f"held by process {os.getppid()} on"):
+        exclusive(lock, wait_seconds=0).__enter__()
+    dead(lock)
+    os.utime(lock, (now - jump, now - jump))
+    with exclusive(lock, wait_seconds=0):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+
+
+def test_the_same_process_number_and_time_of_another_boot_is_another_process(tmp_path: Path) -> None:
+    started = locks._start_time(os.getpid())
+    assert started is not None and started.endswith(f"@{locks._boot()}")
+    dead(tmp_path / "l", start=started)
+    assert held(tmp_path / "l")
+    dead(tmp_path / "l", start=started.partition("@")[0] + "@another")
+    assert not held(tmp_path / "l")
+
+
+def test_a_process_may_have_any_name() -> None:
+    name = "import ctypes, sys; ctypes.CDLL(None).prctl(15, b'gr\\xf6 ) Z 1'); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        assert locks._start_time(process.pid) is not None
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_a_process_that_may_not_be_looked_at_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc may hide the processes of other users."""
+    real = Path.read_bytes
+
+    def hidden(path: Path) -> bytes:
+        if path.name == "stat":
+            raise FileNotFoundError
+        return real(path)
+
+    def refuse(pid: int, number: int) -> None:
+        raise PermissionError if pid == 77 else ProcessLookupError
+
+    monkeypatch.setattr(Path, "read_bytes", hidden)
+    monkeypatch.setattr(os, "kill", refuse)
+    dead(tmp_path / "l", pid=77)
+    assert held(tmp_path / "l")
+    dead(tmp_path / "l", pid=78)
+    assert not held(tmp_path / "l")
+
+
+@pytest.mark.parametrize("pid", [0, -1, 10**30, None, "1"])
+def test_a_number_that_no_process_has_holds_nothing(pid: object, tmp_path: Path) -> None:
+    dead(tmp_path / "l", pid=pid, start=None)
+    with exclusive(tmp_path / "l", wait_seconds=0):
+        assert json.loads((tmp_path / "l").read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_of_another_machine_is_never_taken(tmp_path: Path) -> None:
+    dead(tmp_path / "l", host="elsewhere")
+    assert held(tmp_path / "l")
+    with pytest.raises(ArtifactError, match="on elsewhere; wait for it to end, or remove the file if it is gone"):
+        exclusive(tmp_path / "l", wait_seconds=0).__enter__()

@@ -15,6 +15,6 @@ def test_estimated_generations_are_those_of_the_sampled_prompts(tmp_path: Path) 
         cells = {column.header: list(column.cells) for column in table.columns}
         tokens = next(values for header, values in cells.items() if "token" in str(header))
         evaluation = plan.trials[0].evaluations[0]
-        prompts = rows or len(evaluation.benchmark.rows.read())
+        prompts = rows or evaluation.benchmark.rows.count()
         expected = prompts * len(evaluation.seeds) * evaluation.decoding.max_new_tokens
         assert f"≤ {expected}" in {str(cell).replace(",", "") for cell in tokens}

@@ -15,15 +15,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data import sources
 from pipeline.data.examples import Example
 from pipeline.data.sources import (
     BundledSource,
     HubSource,
     LocalSource,
+    Rows,
     bundled_names,
+    count_contents,
+    draw_parts,
+    iterate_examples,
     read_examples,
     source_digest,
-    split_examples,
 )
 from pipeline.errors import DataError
 
@@ -373,9 +377,10 @@ def test_a_hub_file_is_fetched_from_the_dataset_repository(tmp_path: Path, monke
         return str(local.path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     found = read_examples(HubSource("owner/name", "data/raw.jsonl", COMMIT, first=2, skip=1))
     assert found == read_examples(local)[1:3]
-    assert calls == [(("owner/name", "data/raw.jsonl"), {"repo_type": "dataset", "revision": COMMIT})]
+    assert calls == [(("owner/name", "data/raw.jsonl"), {"repo_type": "dataset", "revision": COMMIT, "force_download": False})]
     local.path.write_text("oops\n")
     assert fails(HubSource("owner/name", "raw.jsonl", COMMIT)).startswith(
         f"hf://datasets/owner/name@{COMMIT}/raw.jsonl:1: not valid JSON"
@@ -394,9 +399,9 @@ def test_a_hub_failure_says_how_to_go_on_without_it(monkeypatch: pytest.MonkeyPa
         raise error
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert fails(HubSource("owner/name", "raw.jsonl", "main")) == (
-        "raw.jsonl of the hub dataset owner/name@main cannot be fetched (refused); check the names and the network, or "
-        "download the file elsewhere and give its path instead, for example --set data.train.path=FILE"
+    assert fails(HubSource("owner/name", "raw.jsonl", "main", what="data.dev")) == (
+        "data.dev: cannot fetch raw.jsonl of owner/name@main (refused); check the names and the network, or use a local copy: "
+        "--set data.dev='{kind: local, path: PATH}'"
     )
 
 
@@ -439,6 +444,37 @@ def examples(count: int, first: int = 0) -> list[Example]:
 
 def ids(found: list[Example]) -> set[str]:
     return {row.id for row in found}
+
+
+def split_examples(rows: list[Example], sizes: dict[str, Any], seed: int) -> dict[str, list[Example]]:
+    drawn = draw_parts(count_contents(rows), sizes, seed)
+    return {part: [row for row in rows if drawn.get(int(row.id[:16], 16), "train") == part] for part in (*sizes, "train")}
+
+
+def test_rows_of_a_part_are_read_anew_each_time_that_they_are_gone_through(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "rows.jsonl", *rows(30), *rows(3))
+    everything = read_examples(source)
+    drawn = draw_parts(count_contents(everything), {"dev": 6, "test": 3}, seed=1)
+    parts = {part: Rows(source, part, drawn) for part in ("train", "dev", "test")}
+    expected = split_examples(everything, {"dev": 6, "test": 3}, seed=1)
+    for _ in range(2):
+        assert {part: list(found) for part, found in parts.items()} == expected
+    assert list(Rows(source)) == everything
+
+
+def test_rows_come_one_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n" + "x" * 100_000 + "\n")
+    found = iterate_examples(LocalSource(tmp_path / "rows.jsonl"))
+    assert next(found).references == ("Red.",)  # the line after it was not looked at
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not valid JSON"):
+        next(found)
+
+
+def test_a_json_array_may_not_be_larger_than_what_is_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_MAX_WHOLE", 1 << 20)
+    content = json.dumps([{**ROW, "input": "x" * (1 << 20)}])
+    assert "rows.json: larger than 1 MiB" in fails(text(tmp_path / "rows.json", content))
+    assert len(read_examples(text(tmp_path / "rows.jsonl", content[1:-1]))) == 1
 
 
 def test_a_split_is_exact_disjoint_and_keeps_the_order() -> None:

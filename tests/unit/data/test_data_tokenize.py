@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from pipeline.data.tokenize import (
     PromptCounts,
     encode_prompts,
     encode_training,
+    prompt_chunks,
     read_encoded,
     read_prompts,
+    training_chunks,
     write_encoded,
     write_prompts,
 )
@@ -99,17 +102,30 @@ def test_any_text_comes_back_from_the_tokens(text: str) -> None:
     assert tok.decode(encoded.input_ids[encoded.prompt_tokens :]) == text + "</s>"
 
 
-def test_rows_come_out_in_order_whatever_the_chunks_and_progress_is_told_each_part() -> None:
+def test_rows_come_out_in_order_whatever_the_chunks() -> None:
     rows = [example(f"Question {index}", "", f"Answer {index}", name=str(index)) for index in range(600)]
-    told: list[int] = []
-    encoded, counts = encode_training(rows, tokenizer(), "alpaca", progress=told.append)
+    encoded, counts = encode_training(iter(rows), tokenizer(), "alpaca")
     assert [row.id for row in encoded] == [row.id for row in rows]
-    assert counts.kept == sum(told) == 600 and len(told) > 1
+    assert (counts.rows, counts.kept) == (600, 600)
     alone, _ = encode_training(rows[431:432], tokenizer(), "alpaca")
     assert encoded[431] == alone[0]
-    told.clear()
-    prompts, _ = encode_prompts(rows, tokenizer(), "alpaca", progress=told.append)
-    assert [row.id for row in prompts] == [row.id for row in rows] and sum(told) == 600
+    prompts, found = encode_prompts(iter(rows), tokenizer(), "alpaca")
+    assert [row.id for row in prompts] == [row.id for row in rows] and (found.rows, found.kept) == (600, 600)
+
+
+def test_a_chunk_is_encoded_when_it_is_asked_for_and_counted_alone() -> None:
+    taken: list[int] = []
+
+    def rows() -> Iterator[Example]:
+        for index in range(600):
+            taken.append(index)
+            yield example(f"Question {index}", "", " " if index == 1 else "Answer", name=str(index))
+
+    for found in (training_chunks(rows(), tokenizer(), "alpaca"), prompt_chunks(rows(), tokenizer(), "alpaca")):
+        taken.clear()
+        encoded, counts = next(found)
+        assert counts.rows == len(taken) == 256
+        assert counts.kept == len(encoded)
 
 
 # Limits

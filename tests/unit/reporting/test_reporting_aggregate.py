@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.reporting.aggregate import RunScores, result_rows, table
+from pipeline.reporting.aggregate import AVERAGE, RunScores, result_rows, table
 from pipeline.reporting.render import CSV_COLUMNS, cell_text, markdown_table, write_csv
 
 
@@ -75,3 +75,10 @@ def test_the_csv_has_the_stable_columns(tmp_path: Path) -> None:
 
 def test_the_markdown_table_ends_with_the_average() -> None:
     assert markdown_table(table(result_rows(SCORES))).splitlines()[0] == "| method | a | b | avg |"
+
+
+def test_averages_are_over_the_benchmarks_that_all_have() -> None:
+    cells = table(result_rows([run("m", 1, "a", [10.0]), run("m", 1, "b", [90.0]), run("n", 1, "a", [20.0])]))
+    assert (cells["m"][AVERAGE].mean, cells["n"][AVERAGE].mean) == (10.0, 20.0)
+    apart = table(result_rows([run("m", 1, "a", [10.0]), run("n", 1, "b", [20.0])]))
+    assert AVERAGE not in apart["m"] and AVERAGE not in apart["n"]

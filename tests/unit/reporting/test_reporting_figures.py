@@ -41,8 +41,14 @@ def test_whiskers_are_95_percent_over_prompts() -> None:
 
 
 def test_a_method_without_a_benchmark_has_no_bar_there() -> None:
+    figure = score_figure([scores("kd", "a", [[1.0]]), scores("kd", "b", [[9.0]]), scores("sft", "a", [[1.0]])])
+    assert [len(axes.patches) for axes in figure.axes] == [2, 2, 1]
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 1.0]  # averages are over what both have
+
+
+def test_without_a_common_benchmark_there_is_no_average() -> None:
     figure = score_figure([scores("kd", "a", [[1.0]]), scores("sft", "b", [[1.0]])])
-    assert [len(axes.patches) for axes in figure.axes] == [2, 1, 1]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["a", "b"]
 
 
 def test_a_marker_is_filled_only_where_the_test_separates() -> None:

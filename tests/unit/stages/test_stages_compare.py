@@ -18,6 +18,8 @@ from pipeline.artifacts import MANIFEST, Artifact, commit
 from pipeline.config.experiment import Experiment
 from pipeline.errors import ConfigError
 from pipeline.plan import Plan
+from pipeline.reporting.record_files import FILES, read_records
+from pipeline.reporting.report import write_report
 from pipeline.stages import compare, evaluate, prepare, report, student, train
 from pipeline.stages.compare import ComparePlan, Trial, plan_comparison, reading_notes
 from pipeline.stages.evaluate import GENERATIONS
@@ -72,7 +74,7 @@ def section(text: str, name: str) -> str:
 def test_every_file_is_there(made: Artifact) -> None:
     drawn = {f"figures/{name}.{kind}" for name in ("scores", "effects", "curves", "cost") for kind in ("png", "svg")}
     texts = {"differences.csv", "headline.txt", "table.md", "table.tex", "report.html"}
-    expected = {"results.csv", "results.parquet", *texts, *drawn}
+    expected = {"results.csv", "results.parquet", *FILES, *texts, *drawn}
     assert set(made.manifest.files) == expected
     with (made.path / "results.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -190,3 +192,25 @@ def test_prepared_rows_that_are_not_here_are_told(plan: Plan, tmp_path: Path, mo
     limits = section(page(planned(plan, plan.trials, tmp_path)), "limits")
     assert "Whether prompts of general, tasks occur in the training or dev rows was not checked" in limits
     assert "how many were is not known here" in limits
+
+
+def test_the_report_is_the_same_from_its_records_alone(plan: Plan, made: Artifact, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(made.path, copy)
+    records = read_records(copy)
+    again = tmp_path / "again"
+    again.mkdir()
+    written = records.facts.experiments[0].written
+    write_report(again, records, plan.experiment.name, made.fingerprint, written)
+    reports = [file for file in made.manifest.files if file not in FILES]
+    assert len(reports) > 10
+    assert [file for file in reports if (again / file).read_bytes() != (made.path / file).read_bytes()] == []
+
+
+def test_only_one_training_seed_of_a_row_has_its_texts(made: Artifact) -> None:
+    records = read_records(made.path)
+    texts = {trial.name: [len(records.generations.answers(own)) for own in trial.evaluations] for trial in records.facts.trials}
+    assert texts == {
+        "teacher": [5, 3], "untrained": [5, 3], "kd s10": [5, 3], "kd s20": [0, 0], "rkl s10": [5, 3], "rkl s20": [0, 0],
+        "sft s10": [5, 3], "sft s20": [0, 0],
+    }  # fmt: skip

@@ -54,8 +54,8 @@ RANGES = {
 
 
 def test_random_points_fill_their_ranges() -> None:
-    points = fixed_points(sweep(RANGES, search={"kind": "random", "points": 2000}))
-    assert len(points) == 2000
+    points = fixed_points(sweep(RANGES, search={"kind": "random", "points": 1000}))
+    assert len(points) == 1000
     logs = [math.log10(point["x"]) for point in points]
     assert all(-5 <= value <= -1 for value in logs) and abs(sum(logs) / len(logs) + 3) < 0.1
     assert all(-2 <= point["y"] < 3 for point in points)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def spec(folder: Path, name: str) -> dict[str, Any]:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     monkeypatch.setattr(worker, "make_inputs", lambda plan: None)
-    monkeypatch.setattr(worker, "MLflowTracker", lambda *given: None)
+    monkeypatch.setattr(worker, "MLflowTracker", lambda *given: contextlib.nullcontext())
     monkeypatch.setattr(worker, "run_trial", lambda plan, trial, *given: names.append(trial.name))
     return names
 

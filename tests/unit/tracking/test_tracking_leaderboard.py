@@ -34,7 +34,7 @@ class Store:
 
 
 def test_the_columns_that_matter_come_first() -> None:
-    state = json.loads(view_state(["dolly", "vicuna"]))
+    state = json.loads(view_state(["dolly", "vicuna"], ["scores"]))
     assert state["selectedColumns"] == [
         "params.`method`",
         "params.`student`",
@@ -51,7 +51,18 @@ def test_the_columns_that_matter_come_first() -> None:
 
 
 def test_the_view_fits_into_a_tag() -> None:
-    assert len(view_state([f"benchmark{number}" for number in range(9)])) <= 5000
+    assert (
+        len(view_state([f"benchmark{number}" for number in range(9)], ["scores", "curves", "cost", "lens", "confidence"]))
+        <= 5000
+    )
+
+
+def test_images_have_a_place_without_the_settings_of_their_runs() -> None:
+    state = json.loads(view_state(["dolly"], ["scores", "lens"]))
+    found = [chart for chart in state["compareRunCharts"] if chart["type"] == "IMAGE"]
+    assert [chart["imageKeys"] for chart in found] == [["figures/scores"], ["figures/lens"]]
+    assert not any(chart["showRunParams"] for chart in found)
+    assert {chart["metricSectionId"] for chart in found} <= {section["uuid"] for section in state["compareRunSections"]}
 
 
 def test_an_address_opens_in_the_mode_for_trained_models() -> None:
@@ -65,8 +76,8 @@ def test_the_description_begins_with_the_result(tmp_path: Path) -> None:
     text = description(settings, "kd wins.", TABLE, ["How to read it."], LINKS)
     assert text.startswith("**kd wins.**\n\nAbout it.\n\n| method |")
     assert "| kd | **1.00** | 1.00 |" in text and text.endswith("- How to read it.")
-    assert "[Report](#/experiments/1/runs/abc/artifacts/comparison/report.html)" in text
-    assert "[tasks](#/experiments/1/runs/abc/artifacts/comparison/generations_tasks.json)" in text
+    assert "[Report](#/experiments/1/runs/abc/artifacts/comparison/report.html?workflowType=machine_learning)" in text
+    assert "[tasks](#/experiments/1/runs/abc/artifacts/comparison/generations_tasks.json?workflowType=machine_learning)" in text
     assert "(#/experiments/2/runs?workflowType=machine_learning&viewStateShareKey=leaderboard)" in text
 
 
@@ -86,7 +97,7 @@ def test_the_ui_opens_on_the_last_comparison() -> None:
 
 
 def test_an_unknown_experiment_is_refused_with_those_that_are_there() -> None:
-    with pytest.raises(ConfigError, match="'b' is not in this store; it has a"):
+    with pytest.raises(ConfigError, match="'b' is not in this store; give one of those that are: a"):
         opening(Store(Known("a", "1", 1)), "b")
     with pytest.raises(ConfigError, match="no experiment yet"):
         opening(Store(), None)

@@ -201,7 +201,7 @@ def test_more_processes_than_devices_are_refused_unless_the_run_is_there(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "cannot be read"),
+        ("[", "fsdp.yaml: not YAML that can be used here"),
         ("mixed_precision: bf16", "has no fsdp_config"),
         ("fsdp_config: {fsdp_reshard_after_forward: false}", "fsdp_version is missing"),
         ("fsdp_config: {fsdp_version: 1}", "fsdp_version is 1; allowed: 2"),
