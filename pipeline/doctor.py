@@ -371,7 +371,7 @@ def _mlflow_server(run_dir: Path) -> _Server | Finding:
         return Finding("MLflow", "ok", f"no store of your own: {run_dir / 'mlflow.db'}")
     if not uri.startswith(("http://", "https://")):
         return Finding("MLflow", "ok", f"store {_without_password(uri)} (a file or database: not asked)")
-    advice = "start that server, or unset MLFLOW_TRACKING_URI to use the store in the run directory; without it runs go on, and are delivered later"
+    advice = "start that server, or unset MLFLOW_TRACKING_URI to use the store in the run directory; runs go on without it"
     return _Server("MLflow", f"{uri.rstrip('/')}/health", "GET", "note", advice)
 
 
