@@ -25,12 +25,12 @@ from pipeline.trial import trial_key
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pipeline.evaluation.lens_profile import LayerProfile
+    from pipeline.evaluation.lens_profile import LayerProfile, LensHeat
     from pipeline.reporting.figures import Cost, Curve
 
 COLOUR_TAG = "mlflow.runColor"
 """Tag of a run: its colour in the UI."""
-FIGURES = ("scores", "curves", "cost", "lens", "confidence")
+FIGURES = ("scores", "curves", "cost", "lens", "confidence", "heat")
 """Figures of a run in the order in which the UI shows them."""
 _TABLE_PROMPTS = 200
 _DPI = 160
@@ -121,6 +121,7 @@ class _Facts:
     curves: Mapping[str, Mapping[str, Curve]]
     costs: Mapping[str, Cost]
     profiles: Mapping[str, Sequence[LayerProfile]]
+    heats: Mapping[str, LensHeat]
 
 
 def _facts(records: Records) -> _Facts:
@@ -133,6 +134,7 @@ def _facts(records: Records) -> _Facts:
         curves={name: own for name, own in curves.items() if any(own.values())},
         costs={name: runs[0] for name, runs in costs_of(trials, rows, label).items()},
         profiles={trial.name: trial.profile for trial in trials if trial.profile is not None},
+        heats={trial.name: trial.heat for trial in trials if trial.heat is not None},
     )
 
 
@@ -156,6 +158,8 @@ def _figures(found: _Facts, run: str, look: Look) -> dict[str, Figure]:
     if run in found.profiles:
         drawn["lens"] = run_figures.divergence_figure(found.profiles, run, look)
         drawn["confidence"] = run_figures.confidence_figure(found.profiles, run, look)
+    if run in found.heats:
+        drawn["heat"] = run_figures.heat_figure(found.heats[run])
     return drawn
 
 

@@ -29,6 +29,7 @@ from pipeline.teacher.signal import TeacherSource
 
 _CPU_BLOCK_BYTES = 2**20
 _LOG_2 = math.log(2.0)
+_ROUNDING = 1e-3
 _jensen_shannon = jensen_shannon_terms()
 
 
@@ -72,6 +73,30 @@ class LayerProfile:
 
 
 _MEASURES = tuple(field.name for field in fields(LayerProfile))[4:]
+
+
+@dataclass(frozen=True)
+class LensHeat:
+    """Jensen-Shannon divergence to the teacher at every mapped layer and response token of one row.
+
+    Attributes:
+        tokens: texts of the response's tokens as people read them, at least one.
+        pairs: (student layer, teacher layer), at least one.
+        jsd: jsd[i][j], nats, 0 to log 2: of the distributions at pairs[i] that predict tokens[j].
+
+    Raises:
+        ValueError: numbers are missing or cannot be divergences.
+    """
+
+    tokens: tuple[str, ...]
+    pairs: tuple[LayerPair, ...]
+    jsd: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.tokens or not self.pairs or [len(line) for line in self.jsd] != [len(self.tokens)] * len(self.pairs):
+            raise ValueError("not one divergence for each pair of layers and each token")
+        if not all(-_ROUNDING <= value <= _LOG_2 + _ROUNDING for line in self.jsd for value in line):
+            raise ValueError("a divergence is not 0 to log 2")
 
 
 @torch.no_grad()
@@ -136,6 +161,51 @@ def lens_profile(
     ]
 
 
+@torch.no_grad()
+def position_divergences(
+    student: PreTrainedModel,
+    student_lens: LogitLens,
+    teacher_source: TeacherSource,
+    teacher_lens: LogitLens,
+    row: EncodedExample,
+    pairs: Sequence[LayerPair],
+    *,
+    final_norm: bool,
+    pad_token_id: int,
+) -> Tensor:
+    """What `lens_profile` takes the mean of, for one row: `LayerProfile.jsd` at each of its response tokens.
+
+    Args:
+        student: the student; in evaluation mode while this runs.
+        student_lens: its lens; the lenses' heads compare the same number of vocabulary entries.
+        teacher_source: the teacher's states.
+        teacher_lens: the teacher's lens.
+        row: one tokenised row.
+        pairs: (student layer, teacher layer).
+        final_norm: see `lens_profile`.
+        pad_token_id: any valid id.
+
+    Returns:
+        Jensen-Shannon divergences [pairs, response tokens], nats, float32.
+
+    Raises:
+        ConfigError: a layer of `pairs` does not exist.
+        ValueError: the heads compare different vocabulary sizes.
+    """
+    pairs = check_pairs(pairs, student_lens.num_layers, teacher_source.num_layers, "pairs")
+    _check([row], student_lens, teacher_lens)
+    chunk, jsd = default_chunk_tokens(student_lens.head.size), _MEASURES.index("jsd")
+    with _evaluating(student):
+        (batch,) = batches_by_length([row], 1, pad_token_id)
+        states = _states(student, teacher_source, batch.to(student.device), pairs)
+        lines = []
+        for (student_layer, teacher_layer), (p, q) in zip(pairs, states, strict=True):
+            teacher_rows = _Rows(teacher_lens, teacher_layer, p, final_norm)
+            blocks = _blocks(teacher_rows, _Rows(student_lens, student_layer, q, final_norm), chunk)
+            lines.append(torch.cat([block[jsd] for block in blocks]).float().cpu())
+    return torch.stack(lines)
+
+
 def write_profiles(path: Path, profiles: Mapping[str, Sequence[LayerProfile]]) -> None:
     """Write the profiles of several subjects (`untrained`, `distilllens s10`, …) as JSON: subject → list of layers."""
     content = {subject: [asdict(layer) for layer in layers] for subject, layers in profiles.items()}
@@ -157,6 +227,31 @@ def read_profiles(path: Path) -> dict[str, list[LayerProfile]]:
         ) from None
 
 
+def write_heat(path: Path, heat: LensHeat) -> None:
+    """Write a heat map as JSON: tokens, pairs, jsd."""
+    write_text_atomically(path, json.dumps(asdict(heat), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_heat(path: Path) -> LensHeat:
+    """Read what `write_heat` wrote.
+
+    Raises:
+        ArtifactError: the file is missing or holds something else.
+    """
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        tokens, pairs, jsd = (content[name] for name in ("tokens", "pairs", "jsd"))
+        return LensHeat(
+            tuple(map(str, tokens)),
+            tuple((int(student), int(teacher)) for student, teacher in pairs),
+            tuple(tuple(map(float, line)) for line in jsd),
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(
+            f"{path}: holds no lens heat map ({error}); remove its folder and run again to rebuild it"
+        ) from None
+
+
 @dataclass(frozen=True)
 class _Rows:
     """States [N, d] of one layer on their way to logits."""
@@ -175,11 +270,17 @@ class _Rows:
 def _sums(p: _Rows, q: _Rows, chunk: int) -> Tensor:
     """Each measure's sum over the rows, [measures] float64."""
     total = torch.zeros(len(_MEASURES), dtype=torch.float64)
+    for block in _blocks(p, q, chunk):
+        total += block.sum(-1, dtype=torch.float64).cpu()
+    return total
+
+
+def _blocks(p: _Rows, q: _Rows, chunk: int) -> Iterator[Tensor]:
+    """Each measure of a few rows at a time, [measures, n]."""
     for rows in row_chunks(0, p.states.shape[0], chunk):
         p_logits, q_logits = p.logits(rows), q.logits(rows)
         for block in row_chunks(0, p_logits.shape[0], _block_rows(p_logits)):
-            total += _measures(log_probs(p_logits[block]), log_probs(q_logits[block])).sum(-1, dtype=torch.float64).cpu()
-    return total
+            yield _measures(log_probs(p_logits[block]), log_probs(q_logits[block]))
 
 
 def _measures(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Figures of the logit lens: divergence and confidence over layers, and heat maps of top tokens.
+"""Figures of the logit lens: divergence and confidence over layers, heat maps of divergences and of top tokens.
 
 They are legible at 900 pixels, told apart by more than colour (Okabe and Ito's palette, with markers and dashes), and the
 same bytes for the same data.
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from matplotlib import colormaps, font_manager
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.lens_profile import LayerProfile
+from pipeline.evaluation.lens_profile import LayerProfile, LensHeat
 from pipeline.evaluation.lens_view import LensCell, LensTable, aligned_layers, layer_name, visible
 from pipeline.models.layers import LayerPair
-from pipeline.reporting.looks import FONT, TITLE_FONT, WIDTH, drawing_style, looks
+from pipeline.reporting.looks import FONT, HEAT_COLOURS, TITLE_FONT, WIDTH, drawing_style, looks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +35,9 @@ _LEVEL_LABELS = 9
 _PAIRS_LABEL = "student layer → teacher layer"
 _CELL_INCHES, _MARGIN_INCHES, _ROW_INCHES = 0.44, 1.9, 0.175
 _CELL_FONT = 7
+_TOKEN_POINTS = 46
+_LINE_INCHES, _LEAST_INCHES, _MOST_INCHES, _TOKENS_INCHES, _BAR_INCHES = 0.2, 0.5, 4.0, 1.05, 0.13
+_HEAT_TICKS = {0.0: "0", 0.1: "0.1", 0.2: "0.2", 0.3: "0.3", 0.4: "0.4", 0.5: "0.5", math.log(2): "log 2"}
 _COLOURS = "Blues"
 _SEED = re.compile(r" s\d+$")
 
@@ -86,6 +89,64 @@ def confidence_figure(profiles: Profiles) -> Figure:
         handles, labels = grid.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
     return figure
+
+
+def heat_figure(heats: Mapping[str, LensHeat]) -> Figure:
+    """Divergence to the teacher at every mapped layer and response token of one row: a panel per subject, one below another.
+
+    Colours mean the same in every panel and in every figure, 0 to log 2.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not heats:
+        raise ValueError("no lens heat maps to draw; give at least one")
+    heights = [min(max(_LEAST_INCHES, _LINE_INCHES * len(heat.pairs)), _MOST_INCHES) for heat in heats.values()]
+    with drawing_style():
+        size = (WIDTH, 0.6 + sum(heights) + _TOKENS_INCHES * len(heights))
+        figure = Figure(figsize=size, layout="constrained")
+        bar, *panels = figure.subplots(1 + len(heights), 1, height_ratios=[_BAR_INCHES, *heights])
+        for axes, (name, heat) in zip(panels, heats.items(), strict=True):
+            mesh = draw_heat(axes, heat, _CELL_FONT)
+            axes.set_title(_fitting(name, 0.8 * 72 * WIDTH, TITLE_FONT), parse_math=False)
+        heat_bar(figure, mesh, bar, "horizontal")
+        bar.set_title("Jensen–Shannon divergence to the teacher, nats (0 = same distribution, log 2 ≈ 0.69 = no common token)")
+        figure.supylabel(_PAIRS_LABEL, fontsize=TITLE_FONT)
+        panels[-1].set_xlabel("response token that is predicted, from left to right")
+    return figure
+
+
+def draw_heat(axes: Axes, heat: LensHeat, size: float) -> Any:
+    """Draw one heat map, the final layers on top, texts at most `size` points high.
+
+    Returns:
+        The coloured cells, for a colour bar.
+    """
+    order = sorted(range(len(heat.pairs)), key=heat.pairs.__getitem__)
+    columns, lines = range(len(heat.tokens) + 1), range(len(order) + 1)
+    mesh = axes.pcolormesh(
+        columns, lines, [heat.jsd[index] for index in order], cmap=HEAT_COLOURS, vmin=0, vmax=math.log(2),
+        edgecolors="white", linewidth=0.5,
+    )  # fmt: skip
+    labelled = range(len(order) - 1, -1, -max(1, math.ceil(len(order) / 24)))
+    axes.set_yticks(
+        [line + 0.5 for line in labelled], [_pair_label(heat.pairs[order[line]], False) for line in labelled], fontsize=size
+    )
+    axes.set_xticks(
+        [column + 0.5 for column in columns[:-1]], [_fitting(token, _TOKEN_POINTS, size) for token in heat.tokens],
+        fontsize=size, rotation=90, parse_math=False,
+    )  # fmt: skip
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    return mesh
+
+
+def heat_bar(figure: Figure, mesh: Any, axes: Axes, orientation: Literal["horizontal", "vertical"]) -> None:
+    """The scale of `draw_heat` in axes of its own."""
+    bar = figure.colorbar(mesh, cax=axes, orientation=orientation)
+    bar.set_ticks(list(_HEAT_TICKS), labels=list(_HEAT_TICKS.values()), fontsize=_CELL_FONT)
+    bar.outline.set_visible(False)
 
 
 def heat_map(

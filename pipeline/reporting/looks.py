@@ -16,6 +16,8 @@ FONT = "DejaVu Sans"  # comes with matplotlib
 WIDTH = 9.0
 """Inches: legible at 900 pixels."""
 TITLE_FONT = 9
+HEAT_COLOURS = "viridis_r"
+"""Colours of a heat map: equal steps look equal, to colour-blind eyes too; light is low."""
 _RC = {
     "font.family": FONT,
     "font.size": 9,

@@ -175,7 +175,7 @@ def _united(trial: TrialRecord, other: TrialRecord) -> TrialRecord:
         evaluations[name] = _with_metrics(evaluations[name], own) if name in evaluations else own
     return replace(
         trial, origins=list(dict.fromkeys([*trial.origins, *other.origins])), evaluations=list(evaluations.values()),
-        profile=trial.profile or other.profile,
+        profile=trial.profile or other.profile, heat=trial.heat or other.heat,
     )  # fmt: skip
 
 

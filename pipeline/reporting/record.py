@@ -13,7 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints
 
 from pipeline.artifacts import canonical_json, text_digest
 from pipeline.config.base import ExperimentName
-from pipeline.evaluation.lens_profile import LayerProfile
+from pipeline.evaluation.lens_profile import LayerProfile, LensHeat
 from pipeline.reporting.aggregate import RunScores
 from pipeline.reporting.overlap import Overlap
 from pipeline.reporting.paper import Score
@@ -39,6 +39,19 @@ Text = Annotated[str, StringConstraints(max_length=10_000), AfterValidator(_seen
 """What a terminal may print, wherever it comes from."""
 Print = Annotated[str, StringConstraints(pattern="^[!-~]+$", max_length=1000)]
 """A fingerprint or digest."""
+
+
+def _drawable(heat: LensHeat) -> LensHeat:
+    if len(heat.pairs) > 256 or len(heat.tokens) > 64 or any(len(token) > 200 for token in heat.tokens):
+        raise ValueError("has more than 256 layers, 64 tokens or 200 characters in a token")
+    if not all(0 <= layer <= 10_000 for pair in heat.pairs for layer in pair):
+        raise ValueError("has a layer that no model has")
+    _seen("".join(heat.tokens))
+    return heat
+
+
+Heat = Annotated[LensHeat, AfterValidator(_drawable)]
+"""A heat map that can be drawn, wherever it comes from."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +189,7 @@ class TrialRecord:
         training: None for models that were not trained here.
         evaluations: one per benchmark.
         profile: through the logit lens, None where there is none.
+        heat: through it too, token by token on one dev row.
     """
 
     __pydantic_config__ = _CONFIG
@@ -188,6 +202,7 @@ class TrialRecord:
     training: TrainingRecord | None
     evaluations: list[EvaluationRecord]
     profile: list[LayerProfile] | None = None
+    heat: Heat | None = None
 
     @property
     def own_row(self) -> str:

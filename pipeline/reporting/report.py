@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import write_text_atomically
-from pipeline.evaluation.lens_profile import write_profiles
+from pipeline.evaluation.lens_profile import LensHeat, write_profiles
 from pipeline.reporting import examples as rules
 from pipeline.reporting import exports, render
 from pipeline.reporting.aggregate import AVERAGE, METRICS, ResultRow, result_rows, table
@@ -26,6 +26,7 @@ HEADLINE = "headline.txt"
 FIGURES = "figures"
 CURVES = ("train/loss", "dev/loss", "dev/rouge_l")
 """Learning curves that are recorded and drawn."""
+_MOST_HEATS = 24
 Curves = dict[str, list[tuple[int, float]]]
 """Metric → (step, value)."""
 Label = Callable[[TrialRecord], str]
@@ -255,6 +256,29 @@ def _lens_figures(facts: Facts, folder: Path) -> list[Picture]:
             "Over- and under-confidence at every mapped layer",
             f"Left: where the student gives a token more probability than the teacher; right: where it gives less.{own}",
         ),
+        *_heat_figures(facts, folder, own),
+    ]  # fmt: skip
+
+
+def _heat_figures(facts: Facts, folder: Path, own: str) -> list[Picture]:
+    """The heat map of each row's first training seed, or none."""
+    from pipeline.reporting import lens_figure
+
+    heats: dict[str, LensHeat] = {}
+    for trials in facts.rows.values():
+        heats.update([(trial.name, trial.heat) for trial in trials if trial.heat is not None][:1])
+    if not heats:
+        return []
+    left_out = f" The first {_MOST_HEATS} of {len(heats)} rows of the table." if len(heats) > _MOST_HEATS else ""
+    same = "" if facts.merged else " Every method is shown on the same dev row."
+    return [
+        _save(
+            lens_figure.heat_figure(dict(list(heats.items())[:_MOST_HEATS])), folder, "lens_heat",
+            "Divergence to the teacher, token by token",
+            "A cell is a mapped layer at one token of the reference response to a dev row; the top line is the prediction of "
+            "that token itself. Colours from the scale's left are close to the teacher, in every panel alike. The first "
+            f"training seed of each method.{same}{own}{left_out}",
+        )
     ]  # fmt: skip
 
 

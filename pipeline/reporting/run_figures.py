@@ -14,9 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from pipeline.evaluation.lens_profile import LayerProfile
+from pipeline.evaluation.lens_profile import LayerProfile, LensHeat
 from pipeline.reporting.aggregate import AVERAGE
 from pipeline.reporting.figures import Cost, Curve
+from pipeline.reporting.lens_figure import draw_heat, heat_bar
 from pipeline.reporting.looks import Look, drawing_style
 from pipeline.reporting.statistics import PromptScores
 
@@ -32,6 +33,7 @@ _OTHERS = "#c8c8c8"
 _BEFORE_LOOK = Look("#767676", "", ":")
 _INTERVAL = 1.96
 _LOG_FROM = 20
+_TOKEN_FONT = 6
 _CURVES = {"dev/rouge_l": "dev ROUGE-L", "dev/loss": "dev loss", "train/loss": "training loss (own objective)"}
 Measure = Callable[[LayerProfile], float]
 T = TypeVar("T")
@@ -131,6 +133,22 @@ def confidence_figure(profiles: Mapping[str, Sequence[LayerProfile]], run: str, 
         "under-confident: teacher's mass where q < p/2": lambda layer: layer.under_confident_mass,
     }
     return _layer_figure(profiles, run, look, panels)
+
+
+def heat_figure(heat: LensHeat) -> Figure:
+    """Jensen-Shannon divergence to the teacher at every mapped layer and response token of one dev row.
+
+    Args:
+        heat: the run's; the row and the pairs are the same in every run, and so is the scale of the colours.
+    """
+    with drawing_style():
+        figure = Figure(figsize=(SIDE, SIDE), layout="constrained")
+        axes, bar = figure.subplots(1, 2, width_ratios=[24, 1])
+        heat_bar(figure, draw_heat(axes, heat, _TOKEN_FONT), bar, "vertical")
+        axes.set_title("JSD to the teacher on a dev row, nats")
+        axes.set_ylabel("student layer → teacher layer")
+        axes.set_xlabel("response token")
+    return figure
 
 
 def _layer_figure(

@@ -1,17 +1,28 @@
-"""Stage: one student against its teacher at every mapped layer, on the dev rows."""
+"""Stage: one student against its teacher at every mapped layer, on the dev rows, and token by token on one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact
 from pipeline.config.experiment import Experiment
 from pipeline.config.methods import DistillLens, LensProfile, Pairs, UniformPairs
+from pipeline.data.examples import EncodedExample
 from pipeline.data.tokenize import read_encoded
-from pipeline.evaluation.lens_profile import LayerProfile, lens_profile, read_profiles, write_profiles
+from pipeline.evaluation.lens_profile import (
+    LayerProfile,
+    LensHeat,
+    lens_profile,
+    position_divergences,
+    read_heat,
+    read_profiles,
+    write_heat,
+    write_profiles,
+)
+from pipeline.evaluation.lens_view import token_text, visible
 from pipeline.models.lens import logit_lens
 from pipeline.progress import progress
 from pipeline.stages import cache
@@ -25,8 +36,12 @@ from pipeline.stages.student import StudentPlan, read_provenance
 from pipeline.stages.train import TrainPlan, common_vocabulary, narrowed
 from pipeline.training.device import choose_device
 
-VERSION = 1
-PROFILE = "profile.json"
+VERSION = 2
+PROFILE, HEAT = "profile.json", "heat.json"
+HEAT_TOKENS = 24
+"""Response tokens of the heat map at most."""
+_ENOUGH_TOKENS = 8
+_MOST_CHARACTERS = 40
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ def plan_profile(
 
 
 def run(plan: LensProfilePlan, loaded: LoadedModel | None = None) -> Artifact:
-    """Profile the student and commit profile.json.
+    """Profile the student and commit profile.json and heat.json.
 
     Args:
         plan: the profile.
@@ -95,18 +110,26 @@ def run(plan: LensProfilePlan, loaded: LoadedModel | None = None) -> Artifact:
         student = loaded or load_subject(plan.subject)
         teacher = cache.open_teacher(None, plan.teacher, choose_device())
         size = common_vocabulary(teacher.lens.head.size, student.model, len(student.tokenizer))
+        lens, teacher_lens = logit_lens(student.model, size), narrowed(teacher, size).lens
         rows = read_encoded(plan.data.place.open().path / DEV)
         chosen = [rows[i] for i in range(min(plan.config.rows or len(rows), len(rows)))]
         last = (plan.initial.layers, teacher.source.num_layers)
         provenance = read_provenance(plan.initial.place.open().path)
-        pairs = resolve_pairs(plan.pairs, *last, provenance, "evaluation.lens_profile")
+        pairs = [*dict.fromkeys((*resolve_pairs(plan.pairs, *last, provenance, "evaluation.lens_profile"), last))]
         with progress(plan.place.label, len(chosen), "rows") as advance:
             layers = lens_profile(
-                student.model, logit_lens(student.model, size), teacher.source, narrowed(teacher, size).lens, chosen,
-                list(dict.fromkeys((*pairs, last))), final_norm=plan.final_norm, batch_size=plan.config.batch_size,
-                pad_token_id=pad_id(student.tokenizer), progress=advance,
+                student.model, lens, teacher.source, teacher_lens, chosen, pairs, final_norm=plan.final_norm,
+                batch_size=plan.config.batch_size, pad_token_id=pad_id(student.tokenizer), progress=advance,
             )  # fmt: skip
         write_profiles(folder / PROFILE, {plan.name: layers})
+        row = heat_row(chosen)
+        jsd = position_divergences(
+            student.model, lens, teacher.source, teacher_lens, row, pairs,
+            final_norm=plan.final_norm, pad_token_id=pad_id(student.tokenizer),
+        )  # fmt: skip
+        texts = (visible(token_text(student.tokenizer, token)) for token in row.input_ids[row.prompt_tokens :])
+        tokens = tuple(text[:_MOST_CHARACTERS] for text in texts)
+        write_heat(folder / HEAT, LensHeat(tokens, tuple(pairs), tuple(map(tuple, jsd.tolist()))))
         return {"rows": len(chosen), "tokens": layers[0].tokens, "pairs": len(layers)}
 
     return build(plan.place, work)
@@ -120,6 +143,29 @@ def read_profile(plan: LensProfilePlan) -> list[LayerProfile]:
     """
     (layers,) = read_profiles(plan.place.open().path / PROFILE).values()
     return layers
+
+
+def read_profile_heat(plan: LensProfilePlan) -> LensHeat:
+    """The heat map of a finished profile.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
+    """
+    return read_heat(plan.place.open().path / HEAT)
+
+
+def heat_row(rows: Sequence[EncodedExample]) -> EncodedExample:
+    """The row of the heat map: the first with enough of a response, else the one with the longest, to its last shown token.
+
+    It depends on the rows alone, so every student of an experiment is shown on the same one.
+    """
+    longest = max(rows, key=_response_tokens)
+    row = next((row for row in rows if _response_tokens(row) >= _ENOUGH_TOKENS), longest)
+    return replace(row, input_ids=row.input_ids[: row.prompt_tokens + HEAT_TOKENS])
+
+
+def _response_tokens(row: EncodedExample) -> int:
+    return len(row.input_ids) - row.prompt_tokens
 
 
 def _lens_of(experiment: Experiment, student_layers: int) -> tuple[Pairs, bool]:

@@ -49,7 +49,7 @@ from pipeline.reporting.report import CURVES
 from pipeline.stages import evaluate, measure, train
 from pipeline.stages.evaluate import GENERATIONS, EvaluatePlan, read_scores
 from pipeline.stages.fit import METRICS
-from pipeline.stages.lens_profile import read_profile
+from pipeline.stages.lens_profile import read_profile, read_profile_heat
 from pipeline.stages.measure import MetricPlan
 from pipeline.stages.place import MODEL, Place, obtain
 from pipeline.stages.prepare import DEV_PROMPTS, PROMPTS, TRAIN, BenchmarkPlan
@@ -219,7 +219,11 @@ def _with_results(trial: Trial, record: TrialRecord, scores: Iterator[RunScores]
         about = read_scores(plan.place.path)
         per_seed = {metric: list(values) for metric, values in next(scores).per_seed.items()}
         evaluations.append(replace(own, measured=Measured(about["rows"], about["share_cut"], per_seed)))
-    return replace(record, evaluations=evaluations, profile=None if trial.profile is None else read_profile(trial.profile))
+    seen = trial.profile
+    return replace(
+        record, evaluations=evaluations, profile=None if seen is None else read_profile(seen),
+        heat=None if seen is None else read_profile_heat(seen),
+    )  # fmt: skip
 
 
 def _run(plan: TrainPlan) -> TrainingRun | None:

@@ -260,5 +260,5 @@ def test_a_tuned_teacher_and_its_generations_are_stages_of_their_own(
     assert trial.data.metrics.keys() >= {f"lens/layer_{layer['student_layer']:02d}/jsd" for layer in profile["kd s10"]}
     assert (last["student_layer"], last["teacher_layer"]) == (3, 6)
     report = (run_dir / "tiny" / "comparison" / "report.html").read_text()
-    assert report.count("data:image/svg+xml;base64,") == 6
+    assert report.count("data:image/svg+xml;base64,") == 7
     assert rows["training responses"] == {"setting": "training responses", "kd": "references", "seqkd": "teacher's"}

@@ -275,7 +275,8 @@ def test_every_shipped_experiment_loads() -> None:
 
 @pytest.mark.parametrize("name", ["quickstart", "experiments/smollm2-dolly", "experiments/smollm2-dolly15k"])
 def test_an_experiment_written_down_is_the_same_experiment(tmp_path: Path, name: str) -> None:
-    overrides = ["evaluation.lens_profile=true", "train.lora={rank: 2}", "train.learning_rate=[1e-4, 2e-4]"]
+    search = ["train.learning_rate=[1e-4, 2e-4]", "validation.select=loss"]
+    overrides = ["evaluation.lens_profile=true", "train.lora={rank: 2}", *search]
     experiment = load_experiment(CONFIGS / f"{name}.yaml", overrides)
     assert load_experiment(write(tmp_path, experiment.model_dump(mode="json"))) == experiment
 

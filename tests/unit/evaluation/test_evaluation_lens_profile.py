@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,16 @@ from transformers import PreTrainedModel
 
 from pipeline.data.examples import EncodedExample
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.evaluation.lens_profile import LayerProfile, lens_profile, read_profiles, write_profiles
+from pipeline.evaluation.lens_profile import (
+    LayerProfile,
+    LensHeat,
+    lens_profile,
+    position_divergences,
+    read_heat,
+    read_profiles,
+    write_heat,
+    write_profiles,
+)
 from pipeline.models.layers import LayerPair
 from pipeline.models.lens import logit_lens
 from pipeline.models.student import prune
@@ -55,6 +66,21 @@ def profile(
         student, logit_lens(student, vocab_size), OnlineTeacher(teacher), logit_lens(teacher, vocab_size), rows, pairs,
         final_norm=final_norm, batch_size=batch_size, pad_token_id=0, chunk_tokens=chunk_tokens,
     )  # fmt: skip
+
+
+def divergences(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    row: EncodedExample,
+    final_norm: bool = False,
+    pairs: Sequence[LayerPair] = PAIRS,
+    vocab_size: int | None = None,
+) -> np.ndarray:
+    """[pairs, response tokens]"""
+    return position_divergences(
+        student, logit_lens(student, vocab_size), OnlineTeacher(teacher), logit_lens(teacher, vocab_size), row, pairs,
+        final_norm=final_norm, pad_token_id=0,
+    ).numpy()  # fmt: skip
 
 
 def distributions(model: PreTrainedModel, row: EncodedExample, final_norm: bool) -> list[np.ndarray]:
@@ -111,6 +137,46 @@ def test_every_measure_equals_a_plain_derivation(family: str, final_norm: bool, 
         # Neither side is empty, so a measure of the wrong one would show.
         assert layer.jsd_over > 1e-3 and layer.jsd_under > 1e-3 and 0.01 < layer.over_confident_mass < 1
         assert layer.jsd == pytest.approx(layer.jsd_over + layer.jsd_under, rel=1e-5) and layer.jsd < math.log(2)
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_position_equals_a_plain_derivation_and_their_mean_the_profile(
+    family: str, final_norm: bool, rows: list[EncodedExample]
+) -> None:
+    teacher = unusual_norm(FAMILIES[family](layers=6))
+    student = unusual_norm(FAMILIES[family](layers=3, width=24, seed=1))
+    for row in rows[:3]:
+        found = divergences(student, teacher, row, final_norm)
+        assert found.shape == (len(PAIRS), len(row.input_ids) - row.prompt_tokens)
+        ours, theirs = distributions(student, row, final_norm), distributions(teacher, row, final_norm)
+        for line, (own, other) in zip(found, PAIRS, strict=True):
+            p, q = theirs[other], ours[own]
+            m = (p + q) / 2
+            expected = 0.5 * (p * np.log(p / m)).sum(-1) + 0.5 * (q * np.log(q / m)).sum(-1)
+            np.testing.assert_allclose(line, expected, rtol=2e-5, atol=2e-7)
+        means = [layer.jsd for layer in profile(student, teacher, [row], final_norm=final_norm)]
+        assert found.mean(-1) == pytest.approx(means, rel=1e-5)
+
+
+def test_what_comes_after_a_position_does_not_change_it(rows: list[EncodedExample]) -> None:
+    teacher, student = tiny.llama(layers=6), tiny.llama(layers=3, seed=1)
+    row = max(rows, key=lambda row: len(row.input_ids))
+    whole = divergences(student, teacher, row)
+    cut = divergences(student, teacher, replace(row, input_ids=row.input_ids[:-2]))
+    np.testing.assert_allclose(whole[:, :-2], cut, rtol=1e-5, atol=1e-7)
+
+
+def test_positions_are_measured_as_profiles_are(rows: list[EncodedExample]) -> None:
+    teacher, student = tiny.gpt2(layers=6), tiny.gpt2(layers=3, seed=1, dropout=0.5)
+    expected = divergences(student, teacher, rows[0])
+    student.train()
+    np.testing.assert_array_equal(divergences(student, teacher, rows[0]), expected)
+    assert student.training
+    with pytest.raises(ConfigError, match=r"pairs\[0\]: student layer 5 does not exist"):
+        divergences(student, teacher, rows[0], pairs=[(5, 1)])
+    with pytest.raises(ValueError, match="compares 304 vocabulary entries, the teacher's 300"):
+        divergences(tiny.llama(vocab=304), tiny.llama(), rows[0], pairs=[(1, 1)])
 
 
 def test_the_teacher_itself_agrees_with_the_teacher(rows: list[EncodedExample]) -> None:
@@ -245,3 +311,41 @@ def test_another_file_is_refused(content: str, tmp_path: Path) -> None:
         read_profiles(tmp_path / "lens.json")
     with pytest.raises(ArtifactError, match="absent.json: holds no lens profiles"):
         read_profiles(tmp_path / "absent.json")
+
+
+HEAT = LensHeat(("␣a", "↵", "猫"), ((1, 2), (3, 6)), ((0.1, 0.0, 0.2), (0.25, math.log(2), 0.5)))
+
+
+def test_a_heat_map_survives_a_file(tmp_path: Path) -> None:
+    write_heat(tmp_path / "heat.json", HEAT)
+    assert read_heat(tmp_path / "heat.json") == HEAT
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": ()},
+        {"tokens": ("a", "b")},
+        {"pairs": (), "jsd": ()},
+        {"pairs": ((1, 2),)},
+        {"jsd": ((0.1, 0.0, 0.2), (0.25, 0.5))},
+        {"jsd": ((0.1, 0.0, 0.2), (0.25, 0.7, 0.5))},
+        {"jsd": ((0.1, -0.01, 0.2), (0.25, 0.5, 0.5))},
+        {"jsd": ((0.1, 0.0, 0.2), (0.25, float("nan"), 0.5))},
+    ],
+)
+def test_numbers_that_are_no_heat_map_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="divergence"):
+        replace(HEAT, **changes)
+    (tmp_path / "heat.json").write_text(json.dumps({**asdict(HEAT), **changes}), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"holds no lens heat map \(.*divergence.*\); remove its folder"):
+        read_heat(tmp_path / "heat.json")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "5", '{"tokens": ["a"]}', '{"tokens": ["a"], "pairs": [1], "jsd": [[0]]}'])
+def test_another_file_is_no_heat_map(content: str, tmp_path: Path) -> None:
+    (tmp_path / "heat.json").write_text(content)
+    with pytest.raises(ArtifactError, match="heat.json: holds no lens heat map"):
+        read_heat(tmp_path / "heat.json")
+    with pytest.raises(ArtifactError, match="absent.json: holds no lens heat map"):
+        read_heat(tmp_path / "absent.json")

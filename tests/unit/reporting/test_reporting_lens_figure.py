@@ -16,9 +16,9 @@ from matplotlib.collections import PolyCollection, QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from pipeline.evaluation.lens_profile import LayerProfile
+from pipeline.evaluation.lens_profile import LayerProfile, LensHeat
 from pipeline.evaluation.lens_view import LensCell, LensTable
-from pipeline.reporting.lens_figure import confidence_figure, divergence_figure, heat_map, save
+from pipeline.reporting.lens_figure import confidence_figure, divergence_figure, heat_figure, heat_map, save
 
 METHODS = ("untrained", "sft", "kd", "rkl", "fkl_rkl", "jsd", "akl", "seqkd", "mse", "distilllens")
 NAMES = {"teacher": "big", "student": "small"}
@@ -229,16 +229,75 @@ def test_formulas_and_missing_letters_are_only_text() -> None:
     assert figure.axes[0].get_title(loc="left") == "teacher: $x$ □"
 
 
+def heat(share: float = 1.0, tokens: int = 3, pairs: int = 2) -> LensHeat:
+    values = np.linspace(0, share * np.log(2), tokens * pairs).reshape(pairs, tokens)
+    texts = tuple(LONG[index % 8] for index in range(tokens))
+    return LensHeat(texts, tuple((2 * at, 3 * at) for at in range(pairs)), tuple(map(tuple, values.tolist())))
+
+
+def test_a_panel_for_each_subject_in_one_scale_of_colours() -> None:
+    figure = heat_figure({"untrained": heat(), "kd s10": heat(0.5), "other teacher": heat(0.1, 5, 4)})
+    bar, *panels = figure.axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["untrained", "kd s10", "other teacher"]
+    assert len({axes.get_position().x0 for axes in panels}) == 1  # one below another
+    for axes, own in zip(panels, (heat(), heat(0.5), heat(0.1, 5, 4)), strict=True):
+        mesh = axes.collections[0]
+        assert mesh.get_clim() == pytest.approx((0, np.log(2))) and mesh.get_cmap() == panels[0].collections[0].get_cmap()
+        np.testing.assert_allclose(mesh.get_array().reshape(len(own.pairs), -1), own.jsd)
+    assert [tick.get_text() for tick in bar.get_xticklabels()][::6] == ["0", "log 2"]
+    assert "nats" in bar.get_title(loc="left")
+
+
+def test_the_prediction_is_on_top_in_whatever_order_the_pairs_are() -> None:
+    own = LensHeat(("a",), ((3, 6), (0, 0), (1, 4)), ((0.6,), (0.1,), (0.2,)))
+    axes = heat_figure({"kd": own}).axes[1]
+    np.testing.assert_allclose(axes.collections[0].get_array().ravel(), [0.1, 0.2, 0.6])
+    assert {tick.get_text(): line for tick, line in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True)} == {
+        "0→0": 0.5, "1→4": 1.5, "3→6": 2.5,
+    }  # fmt: skip
+    assert axes.get_ylim()[0] < axes.get_ylim()[1]
+
+
+def test_equal_steps_of_the_scale_look_equal() -> None:
+    """Lightness falls evenly from the teacher's own distribution to one without a common token."""
+    mesh = heat_figure({"kd": heat()}).axes[1].collections[0]
+    colours = [luminance(mesh.to_rgba(value)) for value in np.linspace(0, np.log(2), 9)]
+    steps = -np.diff([116 * value ** (1 / 3) - 16 for value in colours])
+    assert steps.min() > 0 and steps.max() < 1.5 * steps.min()
+
+
+@pytest.mark.parametrize(("tokens", "pairs"), [(1, 1), (24, 3), (24, 100)])
+def test_labels_of_heat_maps_keep_apart(tokens: int, pairs: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = rendered(heat_figure({"a": heat(1, tokens, pairs), "$b 猫": heat(0.5, tokens, pairs)}))
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
+    assert not any(above.y0 < below.y1 for above, below in zip(boxes, boxes[1:], strict=False))
+    assert min(box.x0 for box in boxes) >= 0 and max(box.x1 for box in boxes) <= figure.bbox.x1
+    for axes in figure.axes[1:]:
+        for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+            shown = [tick.get_window_extent(renderer) for tick in ticks]
+            assert not any(one.overlaps(other) for one, other in zip(shown, shown[1:], strict=False))
+    assert figure.axes[2].get_title(loc="left") == "$b □"
+
+
+def test_no_heat_maps_to_draw() -> None:
+    with pytest.raises(ValueError, match="no lens heat maps to draw"):
+        heat_figure({})
+
+
 def figures() -> dict[str, Figure]:
     profiles = {"untrained": layers(), "kd s1": layers(0.5), "kd s2": layers(0.6)}
     return {
         "divergence": divergence_figure(profiles),
         "confidence": confidence_figure(profiles),
+        "heat": heat_figure({"untrained": heat(), "kd s1": heat(0.5)}),
         "heat_map": heat_map(TEACHER, STUDENT, NAMES),
     }
 
 
-@pytest.mark.parametrize("name", ["divergence", "confidence", "heat_map"])
+@pytest.mark.parametrize("name", ["divergence", "confidence", "heat", "heat_map"])
 def test_equal_data_give_equal_files(name: str, tmp_path: Path) -> None:
     first = save(figures()[name], tmp_path / "a.b")
     assert [path.name for path in first] == ["a.b.png", "a.b.svg"]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from records import records
+from records import changed, records
 
 from pipeline.artifacts import MANIFEST, commit
 from pipeline.errors import ArtifactError
+from pipeline.evaluation.lens_profile import LensHeat
 from pipeline.reporting import record_files
+from pipeline.reporting.record import Records
 from pipeline.reporting.record_files import FACTS, FILES, GENERATIONS, PROMPTS, read_facts, read_records, write_records
 
 OWN = records("a", {"teacher": [None], "kd": [10, 20]}, {"general": None, "tasks": None}, metrics={"judge": "m"})
@@ -85,6 +88,24 @@ def test_a_comparison_of_an_older_version_says_what_to_do(tmp_path: Path) -> Non
     assert "older version" in text and "run `distilllens reproduce` again" in text
 
 
+def seen_through(heat: LensHeat) -> Records:
+    """The records with a heat map of the first trial."""
+    first, *others = OWN.facts.trials
+    return changed(OWN, trials=[replace(first, heat=heat), *others])
+
+
+HEAT = LensHeat(("␣a", "↵"), ((1, 2), (3, 6)), ((0.1, 0.2), (0.3, 0.69)))
+
+
+def with_heat(**changes: Any) -> Callable[[Any], Any]:
+    return lambda facts: facts["trials"][0].update(heat={**asdict(HEAT), **changes})
+
+
+def test_a_heat_map_is_read_again(tmp_path: Path) -> None:
+    own = seen_through(HEAT)
+    assert read_facts(sealed(tmp_path, lambda partial: write_records(partial, own))) == own.facts
+
+
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "key": (lambda facts: facts.update(more=1), "more: Unexpected keyword argument"),
     "type": (lambda facts: facts["trials"][0].update(row=5), "trials.0.row: "),
@@ -111,6 +132,15 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda facts: facts["trials"][0]["evaluations"][0]["measured"].update(share_cut=float("nan")),
         "share_cut: ",
     ),
+    "no divergence": (with_heat(jsd=[[0.1, 0.2], [0.3, 0.8]]), "trials.0.heat: Value error, a divergence is not 0 to log 2"),
+    "infinite divergence": (with_heat(jsd=[[0.1, 0.2], [0.3, float("inf")]]), "trials.0.heat.jsd.1.1: "),
+    "missing divergence": (with_heat(jsd=[[0.1, 0.2], [0.3]]), "not one divergence for each pair of layers and each token"),
+    "text divergence": (with_heat(jsd=[[0.1, 0.2], [0.3, "a"]]), "trials.0.heat.jsd.1.1: "),
+    "control token": (with_heat(tokens=["a", "\x1b[2J"]), "trials.0.heat: Value error, has characters that cannot be shown"),
+    "long token": (with_heat(tokens=["a", "b" * 201]), "200 characters in a token"),
+    "many tokens": (with_heat(tokens=["a"] * 65, jsd=[[0.1] * 65] * 2), "more than 256 layers, 64 tokens"),
+    "many layers": (with_heat(pairs=[[1, 2]] * 257, jsd=[[0.1] * 2] * 257), "more than 256 layers, 64 tokens"),
+    "layer": (with_heat(pairs=[[1, 2], [3, -6]]), "has a layer that no model has"),
     "generations": (lambda facts: facts["trials"][0]["evaluations"][0].update(fingerprint="0"), "no generations of 'teacher'"),
     "prompts": (lambda facts: facts["trials"][0]["evaluations"][0].update(prompts="0"), "without their prompts"),
 }

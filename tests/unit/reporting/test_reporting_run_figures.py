@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.lens_profile import LayerProfile
+from pipeline.evaluation.lens_profile import LayerProfile, LensHeat
 from pipeline.reporting import run_figures
 from pipeline.reporting.figures import Cost
 from pipeline.reporting.looks import Look
@@ -31,6 +31,8 @@ SCORES = {run: [scored(run, "a", [10.0 * n, 20]), scored(run, "b", [40, 40])] fo
 CURVES = {run: {"dev/loss": [(2, 5.0 * n), (4, 4.0)], "train/loss": [(1, 9.0), (2, 0.1)]} for n, run in enumerate(RUNS, 1)}
 COSTS = {run: Cost(10.0 * n, 5.0 * n) for n, run in enumerate(RUNS, 1)}
 PROFILES = {run: [layer(2, 3, 0.2 * n), layer(4, 6, 0.1)] for n, run in enumerate(RUNS, 1)}
+TOKENS = ("␣a", "↵", "$x")
+HEATS = {run: LensHeat(TOKENS, ((2, 3), (4, 6)), ((0.1 * n, 0.2, 0), (0.3, 0, 0.6))) for n, run in enumerate(RUNS, 1)}
 
 DRAWN: dict[str, Callable[[str], Figure]] = {
     "scores": lambda run: run_figures.score_figure(SCORES, run, LOOK),
@@ -38,6 +40,7 @@ DRAWN: dict[str, Callable[[str], Figure]] = {
     "cost": lambda run: run_figures.cost_figure(COSTS, run, LOOK),
     "lens": lambda run: run_figures.divergence_figure(PROFILES, run, LOOK),
     "confidence": lambda run: run_figures.confidence_figure(PROFILES, run, LOOK),
+    "heat": lambda run: run_figures.heat_figure(HEATS[run]),
 }
 
 
@@ -100,3 +103,15 @@ def test_a_curve_far_below_another_gets_a_logarithmic_axis_and_one_that_no_run_h
     loss, train = DRAWN["curves"]("kd s10").axes
     assert (loss.get_yscale(), train.get_yscale()) == ("linear", "log")
     assert loss.get_title(loc="left") == "dev loss" and train.get_xlabel() == "optimiser step"
+
+
+def test_the_heat_map_has_layers_tokens_and_a_scale_that_is_the_same_for_all_runs() -> None:
+    for run in RUNS:
+        axes, bar = DRAWN["heat"](run).axes
+        (mesh,) = axes.collections
+        assert mesh.get_clim() == pytest.approx((0, np.log(2)))
+        np.testing.assert_allclose(mesh.get_array().reshape(2, 3), HEATS[run].jsd)
+        assert [label.get_text() for label in axes.get_xticklabels()] == list(TOKENS)
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["4→6", "2→3"]
+        labels = [label.get_text() for label in bar.get_yticklabels()]
+        assert labels[0] == "0" and labels[-1] == "log 2" and "nats" in axes.get_title(loc="left")

@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 import stages
 
+from pipeline.data.examples import EncodedExample
+from pipeline.data.tokenize import read_encoded
+from pipeline.errors import ArtifactError
+from pipeline.evaluation.lens_view import token_text, visible
+from pipeline.models.load import load_tokenizer
 from pipeline.plan import Plan
 from pipeline.stages import lens_profile, train
-from pipeline.stages.lens_profile import LensProfilePlan, read_profile
+from pipeline.stages.lens_profile import HEAT, HEAT_TOKENS, LensProfilePlan, heat_row, read_profile, read_profile_heat
+from pipeline.stages.prepare import DEV
 
 SETTINGS = ("validation.select=loss", "train.seeds=[10]", "evaluation.lens_profile=true")
 LAST = (3, 6)
@@ -39,6 +45,36 @@ def test_training_brings_the_student_closer_at_the_end(tmp_path: Path) -> None:
     assert before.final and after.final and after.jsd < 0.9 * before.jsd
     counts = profile(plan, "kd").place.open().manifest.counts
     assert counts["rows"] == 6 and counts["tokens"] == after.tokens > 0
+
+
+def test_the_heat_map_is_of_one_row_and_agrees_with_the_profile_of_that_row(tmp_path: Path) -> None:
+    plan = stages.run_inputs(planned(tmp_path, "evaluation.lens_profile={rows: 1}", "train.max_steps=3"))
+    train.run(stages.training(plan, "kd"))
+    found = []
+    for method in ("untrained", "kd"):
+        own = profile(plan, method)
+        lens_profile.run(own)
+        found.append(read_profile_heat(own))
+        layers = read_profile(own)
+        assert list(found[-1].pairs) == [(layer.student_layer, layer.teacher_layer) for layer in layers]
+        assert len(found[-1].tokens) == layers[0].tokens > 1  # the row's whole response
+        assert [sum(line) / len(line) for line in found[-1].jsd] == pytest.approx([layer.jsd for layer in layers], rel=1e-5)
+    row = read_encoded(plan.data.place.open().path / DEV)[0]
+    tokenizer = load_tokenizer(profile(plan, "untrained").initial.place.open().path)
+    assert found[0].tokens == tuple(visible(token_text(tokenizer, token)) for token in row.input_ids[row.prompt_tokens :])
+    assert found[0].tokens == found[1].tokens and found[0].pairs == found[1].pairs and found[0].jsd != found[1].jsd
+    (profile(plan, "kd").place.open().path / HEAT).write_text("{}")
+    with pytest.raises(ArtifactError, match="heat.json"):
+        read_profile_heat(profile(plan, "kd"))
+
+
+def test_the_row_of_the_heat_map_is_the_first_with_enough_of_a_response() -> None:
+    def row(name: str, response: int) -> EncodedExample:
+        return EncodedExample(name, tuple(range(3 + response)), 3)
+
+    assert heat_row([row("a", 7), row("b", 8), row("c", 20)]) == row("b", 8)
+    assert heat_row([row("a", 2), row("b", 7), row("c", 7)]) == row("b", 7)
+    assert heat_row([row("a", HEAT_TOKENS + 9)]) == row("a", HEAT_TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,11 @@ def test_the_columns_that_matter_come_first() -> None:
 
 def test_the_view_fits_into_a_tag() -> None:
     assert (
-        len(view_state([f"benchmark{number}" for number in range(9)], ["scores", "curves", "cost", "lens", "confidence"]))
+        len(
+            view_state(
+                [f"benchmark{number}" for number in range(9)], ["scores", "curves", "cost", "lens", "confidence", "heat"]
+            )
+        )
         <= 5000
     )
 
