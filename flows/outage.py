@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from uuid import UUID
 
 import httpx
-from prefect import Flow
+from prefect import Flow, results
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.events.clients import NullEventsClient
@@ -165,10 +165,21 @@ def _without_engine(flow: Flow[..., R], parameters: dict[str, Any], reason: str)
     changes: dict[Any, Any] = {PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False, PREFECT_LOGGING_TO_API_ENABLED: False}
     EventsWorker.set_client_override(NullEventsClient)
     try:
-        with temporary_settings(changes):
+        with temporary_settings(changes), _local_results():
             return flow.fn(**parameters)
     finally:
         EventsWorker.set_client_override(None)
+
+
+@contextlib.contextmanager
+def _local_results() -> Iterator[None]:
+    """Outside of a flow every task asks the API twice where results go, for seconds if it refuses, for minutes if it is silent."""
+    asks = results._read_server_default_result_storage_block_id
+    results._read_server_default_result_storage_block_id = lambda: None
+    try:
+        yield
+    finally:
+        results._read_server_default_result_storage_block_id = asks
 
 
 @contextlib.contextmanager

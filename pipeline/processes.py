@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,8 @@ GRACE_SECONDS = 4.0
 _POLL_SECONDS = 0.1
 _PARENT = "DISTILLLENS_PARENT"
 _PR_SET_PDEATHSIG = 1
+_NUMBERS: dict[type[BaseException], int] = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}
+"""What signals raise."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,13 @@ def run_process(
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM end this process by an exception, with exit code 143, so that what it started is ended and closed too."""
+    """Let SIGTERM end this process by an exception, with exit code 143, so that what it started is ended and closed too.
+
+    Python drops an exception that is raised in a finaliser, which a signal may interrupt like anything else: SIGTERM and Ctrl-C
+    are sent again then.
+    """
     signal.signal(signal.SIGTERM, _exit)
+    sys.unraisablehook = functools.partial(_send_again, sys.unraisablehook)
 
 
 def die_with_parent() -> None:
@@ -93,6 +101,17 @@ def die_with_parent() -> None:
 
 def _exit(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
+
+
+def _send_again(otherwise: Callable[[sys.UnraisableHookArgs], object], dropped: sys.UnraisableHookArgs) -> None:
+    number = _NUMBERS.get(dropped.exc_type)
+    if number is None:
+        otherwise(dropped)
+        return
+    # Later and by another thread: here its exception would be dropped again.
+    again = threading.Timer(_POLL_SECONDS, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -23,6 +23,7 @@ import stages
 from pipeline.errors import PipelineError
 from pipeline.evaluation.generate import Decoder
 from pipeline.plan import Plan
+from pipeline.processes import exit_on_sigterm
 from pipeline.stages import cache, compare, evaluate, finetune_teacher, prepare, seqkd, student, train
 from pipeline.teacher.cache import writer
 from pipeline.training import loop
@@ -161,7 +162,7 @@ def _child(folder: Path, run_dir: Path, files: tuple[Path, Path, Path], fault: F
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=log, force=True)
     # As the command line does it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _terminate)
+    exit_on_sigterm()
     _count_work(files[2])
     # Planned before anything goes wrong: it reads, and writes nothing.
     plan = planned(folder, run_dir)
@@ -196,10 +197,6 @@ def _child(folder: Path, run_dir: Path, files: tuple[Path, Path, Path], fault: F
 def _say(descriptor: int, text: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     os.write(descriptor, f"{text}\n".encode())
-
-
-def _terminate(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def _count_work(file: Path) -> None:

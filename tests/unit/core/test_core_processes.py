@@ -95,3 +95,39 @@ def test_it_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> N
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     assert wait_for(lambda: not alive(child))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_a_signal_in_a_finaliser_is_not_lost(number: int, code: int) -> None:
+    """Python drops what is raised there."""
+    program = f"""
+import os, signal, time
+from pipeline.processes import exit_on_sigterm
+signal.signal(signal.SIGINT, signal.default_int_handler)
+exit_on_sigterm()
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(0.01)
+held = Held()
+del held
+print("not ended there", flush=True)
+time.sleep(60)
+print("not ended at all", flush=True)
+"""
+    done = subprocess.run(script(program), capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (code, "not ended there\n"), done.stderr
+
+
+def test_other_errors_in_finalisers_are_told_as_ever() -> None:
+    program = """
+from pipeline.processes import exit_on_sigterm
+exit_on_sigterm()
+class Held:
+    def __del__(self):
+        raise ValueError("told")
+held = Held()
+del held
+"""
+    done = subprocess.run(script(program), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "ValueError: told" in done.stderr
