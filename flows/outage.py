@@ -173,7 +173,7 @@ def _without_engine(flow: Flow[..., R], parameters: dict[str, Any], reason: str)
 
 @contextlib.contextmanager
 def _local_results() -> Iterator[None]:
-    """Outside of a flow every task asks the API twice where results go, for seconds if it refuses, for minutes if it is silent."""
+    """Outside of a flow every task asks the API twice where results go: seconds if it refuses, minutes if it is silent."""
     asks = results._read_server_default_result_storage_block_id
     results._read_server_default_result_storage_block_id = lambda: None
     try:
