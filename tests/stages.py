@@ -9,7 +9,7 @@ import experiment
 
 from pipeline.config import load_experiment
 from pipeline.plan import Plan, plan_experiment
-from pipeline.stages import cache, prepare, seqkd, student
+from pipeline.stages import cache, evaluate, prepare, seqkd, student, train
 from pipeline.stages.train import TrainPlan
 
 
@@ -28,6 +28,18 @@ def run_inputs(plan: Plan) -> Plan:
     for generation in plan.generations:
         seqkd.run(generation)
     return plan
+
+
+def run_trials(plan: Plan) -> None:
+    """Train and evaluate every trial; a model is loaded only where an evaluation is missing."""
+    for trial in plan.trials:
+        if trial.train is not None:
+            train.run(trial.train)
+        jobs = [job for job in trial.evaluations if job.place.existing() is None]
+        if jobs:
+            loaded = evaluate.load_subject(jobs[0].subject)
+            for job in jobs:
+                evaluate.run(job, loaded)
 
 
 def training(plan: Plan, method: str, seed: int = 10) -> TrainPlan:

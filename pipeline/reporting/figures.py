@@ -47,7 +47,9 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class _Bar:
+class Bar:
+    """A mean score with half its 95 % interval over prompts, and the means of single runs."""
+
     mean: float
     margin: float
     runs: Sequence[float]
@@ -70,7 +72,7 @@ def score_figure(scores: Sequence[PromptScores]) -> Figure:
     panels_of = {**({AVERAGE: common} if common else {}), **{name: [name] for name in names}}
     columns = list(panels_of)
     found = {
-        (method, column): _bar([own for own in scores if own.method == method and own.benchmark in averaged])
+        (method, column): mean_bar([own for own in scores if own.method == method and own.benchmark in averaged])
         for method in methods
         for column, averaged in panels_of.items()
     }
@@ -199,19 +201,20 @@ def _method_axis(axes: Axes, methods: Sequence[str]) -> None:
     axes.tick_params(axis="x", labelbottom=True)
 
 
-def _bar(chosen: Sequence[PromptScores]) -> _Bar | None:
+def mean_bar(chosen: Sequence[PromptScores]) -> Bar | None:
+    """The mean over benchmarks of one method; None where there are none."""
     if not chosen:
         return None
     runs: NDArray[np.float64] = np.mean([own.per_prompt.mean(axis=1) for own in chosen], axis=0)
     errors = [_squared_error(own.per_prompt.mean(axis=0)) for own in chosen]
-    return _Bar(float(runs.mean()), _INTERVAL * math.sqrt(sum(errors)) / len(errors), runs.tolist())
+    return Bar(float(runs.mean()), _INTERVAL * math.sqrt(sum(errors)) / len(errors), runs.tolist())
 
 
 def _squared_error(prompts: NDArray[np.float64]) -> float:
     return float(prompts.var(ddof=1)) / len(prompts) if len(prompts) > 1 else 0.0
 
 
-def _draw_bar(axes: Axes, row: int, bar: _Bar, look: Look) -> None:
+def _draw_bar(axes: Axes, row: int, bar: Bar, look: Look) -> None:
     axes.barh(row, bar.mean, height=0.62, color=look.colour, alpha=0.45, linewidth=0)
     axes.errorbar(bar.mean, row, xerr=bar.margin, color=look.colour, linewidth=1.4, capsize=2.5)
     if len(bar.runs) > 1:

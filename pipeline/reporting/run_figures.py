@@ -5,18 +5,14 @@ They are read beside each other at 256 pixels, which is what the MLflow UI makes
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from pipeline.evaluation.lens_profile import LayerProfile, LensHeat
 from pipeline.reporting.aggregate import AVERAGE
-from pipeline.reporting.figures import Cost, Curve
+from pipeline.reporting.figures import Bar, Cost, Curve, mean_bar
 from pipeline.reporting.lens_figure import draw_heat, heat_bar
 from pipeline.reporting.looks import Look, drawing_style
 from pipeline.reporting.statistics import PromptScores
@@ -31,7 +27,6 @@ BEFORE = "untrained"
 
 _OTHERS = "#c8c8c8"
 _BEFORE_LOOK = Look("#767676", "", ":")
-_INTERVAL = 1.96
 _LOG_FROM = 20
 _TOKEN_FONT = 6
 _CURVES = {"dev/rouge_l": "dev ROUGE-L", "dev/loss": "dev loss", "train/loss": "training loss (own objective)"}
@@ -52,12 +47,12 @@ def score_figure(scores: Mapping[str, Sequence[PromptScores]], run: str, look: L
     names = list(bars[run])
     with drawing_style():
         figure, (axes,) = _stack(1)
-        means, margins = zip(*bars[run].values(), strict=True)
+        means, margins = zip(*((bar.mean, bar.margin) for bar in bars[run].values()), strict=True)
         axes.barh(range(len(names)), means, height=0.62, color=look.colour, alpha=0.45, linewidth=0)
         axes.errorbar(means, range(len(names)), xerr=margins, color=look.colour, linestyle="none", linewidth=1.4, capsize=2.5)
         axes.set_yticks(range(len(names)), ["mean" if name == AVERAGE else name for name in names], parse_math=False)
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlim(0, 1.05 * max((mean + margin for own in bars.values() for mean, margin in own.values()), default=1) or 1)
+        axes.set_xlim(0, 1.05 * max((bar.mean + bar.margin for own in bars.values() for bar in own.values()), default=1) or 1)
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         axes.set_title("ROUGE-L, 95 % over prompts")
@@ -190,17 +185,8 @@ def _draw(axes: Axes, x: Sequence[float], y: Sequence[float], look: Look | None,
     )  # fmt: skip
 
 
-def _bars(scores: Sequence[PromptScores], common: set[str]) -> dict[str, tuple[float, float]]:
-    """Mean and half an interval of every benchmark; first those of the mean over the ones that all runs have."""
-    prompts = {own.benchmark: own.per_prompt.mean(axis=0) for own in scores}
-    found = {name: (float(values.mean()), _squared_error(values)) for name, values in prompts.items()}
-    shared = [found[name] for name in prompts if name in common]
-    bars = {name: (mean, _INTERVAL * math.sqrt(error)) for name, (mean, error) in found.items()}
-    if not shared:
-        return bars
-    margin = _INTERVAL * math.sqrt(sum(error for _, error in shared)) / len(shared)
-    return {AVERAGE: (statistics.fmean(mean for mean, _ in shared), margin)} | bars
-
-
-def _squared_error(prompts: NDArray[np.float64]) -> float:
-    return float(prompts.var(ddof=1)) / len(prompts) if len(prompts) > 1 else 0.0
+def _bars(scores: Sequence[PromptScores], common: set[str]) -> dict[str, Bar]:
+    """First the mean over the benchmarks that all runs have, then every benchmark."""
+    found = {AVERAGE: mean_bar([one for one in scores if one.benchmark in common])}
+    found |= {one.benchmark: mean_bar([one]) for one in scores}
+    return {name: bar for name, bar in found.items() if bar is not None}

@@ -24,7 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.generate import Decoder
 from pipeline.plan import Plan
 from pipeline.processes import exit_on_sigterm
-from pipeline.stages import cache, compare, evaluate, finetune_teacher, prepare, seqkd, student, train
+from pipeline.stages import cache, compare, finetune_teacher, prepare, seqkd, student
 from pipeline.teacher.cache import writer
 from pipeline.training import loop
 
@@ -103,14 +103,7 @@ def run_all(plan: Plan) -> None:
     cache.run(plan.cache)
     for generation in plan.generations:
         seqkd.run(generation)
-    for trial in plan.trials:
-        if trial.train is not None:
-            train.run(trial.train)
-        jobs = [job for job in trial.evaluations if job.place.existing() is None]
-        if jobs:
-            loaded = evaluate.load_subject(jobs[0].subject)
-            for job in jobs:
-                evaluate.run(job, loaded)
+    stages.run_trials(plan)
     compare.run(plan.comparison)
 
 

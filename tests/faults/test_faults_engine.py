@@ -62,16 +62,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield port
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database to copy: migrating one takes seconds."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    from mlflow import MlflowClient
-
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 def made(run_dir: Path, stage: str) -> Callable[[], list[Path]]:
     """Finished artifacts of a stage, once there are any."""
     return lambda: list((run_dir / "artifacts" / stage).glob("*/manifest.json"))
@@ -96,8 +86,8 @@ def lost(command: Command, run_dir: Path, calm: Calm, warnings: int, code: int |
     return f"{text}\n{said}" if text else ""
 
 
-def start(calm: Calm, run_dir: Path, api: str | None, store: Path) -> Command:
-    return Command(["reproduce", str(calm.folder / "experiment.yaml")], run_dir, api, store)
+def start(calm: Calm, run_dir: Path, api: str | None, migrated_store: Path) -> Command:
+    return Command(["reproduce", str(calm.folder / "experiment.yaml")], run_dir, api, migrated_store)
 
 
 def recorded(server: int, run_dir: Path) -> dict[str, Any]:
@@ -112,9 +102,9 @@ def recorded(server: int, run_dir: Path) -> dict[str, Any]:
     return {"state": run["state_type"], "tasks": [task["state_type"] for task in tasks], "pages": len(pages)}
 
 
-def test_no_stage_waits_for_a_silent_api(server: int, store: Path, calm: Calm, tmp_path: Path, tally: Tally) -> None:
+def test_no_stage_waits_for_a_silent_api(server: int, migrated_store: Path, calm: Calm, tmp_path: Path, tally: Tally) -> None:
     run_dir, proxy = tmp_path / "runs", Proxy(server)
-    command = start(calm, run_dir, proxy.address, store)
+    command = start(calm, run_dir, proxy.address, migrated_store)
     command.wait_until(made(run_dir, "prepare"))
     proxy.set("silent")
     command.wait_until(lambda: (run_dir / "tiny" / "comparison" / "results.csv").exists())  # never, if anything waited
@@ -127,9 +117,11 @@ def test_no_stage_waits_for_a_silent_api(server: int, store: Path, calm: Calm, t
 
 
 @pytest.mark.parametrize("mode", ["gone", "broken", "silent", "slow"] if ALL else ["gone"])
-def test_the_api_is_so_from_the_start(mode: Mode, server: int, store: Path, calm: Calm, tmp_path: Path, tally: Tally) -> None:
+def test_the_api_is_so_from_the_start(
+    mode: Mode, server: int, migrated_store: Path, calm: Calm, tmp_path: Path, tally: Tally
+) -> None:
     run_dir, proxy = tmp_path / "runs", Proxy(server, mode, delay=0.3)
-    command = start(calm, run_dir, proxy.address, store)
+    command = start(calm, run_dir, proxy.address, migrated_store)
     tally(f"Prefect API {mode} at the start", not (problem := lost(command, run_dir, calm, mode != "slow")), problem)
 
 
@@ -137,19 +129,19 @@ def test_the_api_is_so_from_the_start(mode: Mode, server: int, store: Path, calm
 @pytest.mark.parametrize("mode", ["gone", "broken", "silent"])
 @pytest.mark.parametrize("when", ["student", "train"])
 def test_the_api_becomes_so_and_stays_so(
-    mode: Mode, when: str, server: int, store: Path, calm: Calm, tmp_path: Path, tally: Tally
+    mode: Mode, when: str, server: int, migrated_store: Path, calm: Calm, tmp_path: Path, tally: Tally
 ) -> None:
     run_dir, proxy = tmp_path / "runs", Proxy(server)
-    command = start(calm, run_dir, proxy.address, store)
+    command = start(calm, run_dir, proxy.address, migrated_store)
     command.wait_until(steps(run_dir) if when == "train" else made(run_dir, when))
     proxy.set(mode)
     tally(f"Prefect API {mode} in mid-run", not (problem := lost(command, run_dir, calm, warnings=1)), problem)
 
 
 @only_all
-def test_the_api_is_killed_and_comes_back(server: int, store: Path, calm: Calm, tmp_path: Path, tally: Tally) -> None:
+def test_the_api_is_killed_and_comes_back(server: int, migrated_store: Path, calm: Calm, tmp_path: Path, tally: Tally) -> None:
     run_dir, proxy = tmp_path / "runs", Proxy(server)
-    command = start(calm, run_dir, proxy.address, store)
+    command = start(calm, run_dir, proxy.address, migrated_store)
     command.wait_until(made(run_dir, "student"))
     proxy.set("gone")
     command.wait_until(made(run_dir, "train"))
@@ -163,10 +155,10 @@ def test_the_api_is_killed_and_comes_back(server: int, store: Path, calm: Calm, 
 @only_all
 @pytest.mark.parametrize(("number", "warnings"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)], ids=["killed", "stopped"])
 def test_our_own_server_fails(
-    number: signal.Signals, warnings: int, store: Path, calm: Calm, tmp_path: Path, tally: Tally
+    number: signal.Signals, warnings: int, migrated_store: Path, calm: Calm, tmp_path: Path, tally: Tally
 ) -> None:
     run_dir = tmp_path / "runs"
-    command = start(calm, run_dir, None, store)
+    command = start(calm, run_dir, None, migrated_store)
     command.wait_until(made(run_dir, "student"))
     os.kill(own_server(command), number)
     tally(f"own Prefect server gets {number.name}", not (problem := lost(command, run_dir, calm, warnings)), problem)
@@ -181,10 +173,10 @@ def own_server(command: Command) -> int:
 @only_all
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_command_without_the_api(
-    number: signal.Signals, server: int, store: Path, calm: Calm, tmp_path: Path, tally: Tally
+    number: signal.Signals, server: int, migrated_store: Path, calm: Calm, tmp_path: Path, tally: Tally
 ) -> None:
     run_dir, proxy = tmp_path / "runs", Proxy(server)
-    command = start(calm, run_dir, proxy.address, store)
+    command = start(calm, run_dir, proxy.address, migrated_store)
     command.wait_until(steps(run_dir))
     proxy.set("gone")
     assert command.process.pid is not None
@@ -198,13 +190,13 @@ def test_a_signal_ends_the_command_without_the_api(
 @pytest.mark.parametrize("mode", ["gone", "broken", "silent"])
 @pytest.mark.parametrize("when", ["start", "trial"])
 def test_a_sweep_loses_no_trial(
-    mode: Mode, when: str, server: int, store: Path, calm: Calm, tmp_path: Path, tally: Tally
+    mode: Mode, when: str, server: int, migrated_store: Path, calm: Calm, tmp_path: Path, tally: Tally
 ) -> None:
     run_dir, proxy, config = tmp_path / "runs", Proxy(server, mode if when == "start" else "pass"), tmp_path / "sweep.yaml"
     axes = {"method": ["kd"], "train_seed": [10]}
     content = {"name": "tiny", "experiment": str(calm.folder / "experiment.yaml"), "axes": axes, "concurrency": 2}
     config.write_text(yaml.safe_dump({**content, "trial": {"threads": 1, "retries": 0}}, sort_keys=False))
-    command = Command(["sweep", str(config)], run_dir, proxy.address, store)
+    command = Command(["sweep", str(config)], run_dir, proxy.address, migrated_store)
     if when == "trial":
         command.wait_until(steps(run_dir))
         proxy.set(mode)

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from pipeline.errors import ArtifactError, ConfigError, DataError, PipelineError
 from pipeline.plan import Plan
 from pipeline.reporting import report
 from pipeline.reporting.record_files import FILES, GENERATIONS
-from pipeline.stages import compare, evaluate, prepare, student, train
+from pipeline.stages import compare, prepare, student
 from pipeline.tracking import stage_experiment
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,12 +43,7 @@ def finished(folder: Path, name: str, *overrides: str, **changes: object) -> Pla
     student.run(plan.student)
     for benchmark in plan.benchmarks:
         prepare.run_benchmark(benchmark)
-    for trial in plan.trials:
-        if trial.train is not None:
-            train.run(trial.train)
-        load = cache(lambda trial=trial: evaluate.load_subject(trial.evaluations[0].subject))
-        for job in trial.evaluations:
-            evaluate.run(job, load())
+    stages.run_trials(plan)
     with pytest.MonkeyPatch.context() as patch:
         without_figures(patch)
         compare.run(plan.comparison)

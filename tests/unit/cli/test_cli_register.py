@@ -28,13 +28,6 @@ from pipeline.tracking import NoTracker
 from pipeline.trial import finish_trial, trial_facts, trial_key
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @dataclass(frozen=True)
 class Store:
     client: MlflowClient
@@ -78,10 +71,10 @@ class Store:
 
 
 @pytest.fixture
-def store(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     run_dir = tmp_path / "runs"
     run_dir.mkdir()
-    shutil.copy(template, run_dir / "mlflow.db")
+    shutil.copy(migrated_store, run_dir / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run_dir / 'mlflow.db'}")
     client = MlflowClient(f"sqlite:///{run_dir / 'mlflow.db'}")
     return Store(client, run_dir, client.create_experiment("tiny", (run_dir / "mlartifacts" / "tiny").as_uri()))

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.plan import Plan
 from pipeline.reporting.record_files import FILES, read_records
 from pipeline.reporting.report import write_report
-from pipeline.stages import compare, evaluate, prepare, report, student, train
+from pipeline.stages import compare, prepare, report, student
 from pipeline.stages.compare import ComparePlan, Trial, plan_comparison, reading_notes
 from pipeline.stages.evaluate import GENERATIONS
 
@@ -44,12 +44,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     student.run(planned.student)
     for benchmark in planned.benchmarks:
         prepare.run_benchmark(benchmark)
-    for trial in planned.trials:
-        if trial.train is not None:
-            train.run(trial.train)
-        loaded = evaluate.load_subject(trial.evaluations[0].subject)
-        for job in trial.evaluations:
-            evaluate.run(job, loaded)
+    stages.run_trials(planned)
     return planned
 
 

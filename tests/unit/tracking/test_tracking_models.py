@@ -44,13 +44,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]
     return make
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @dataclass(frozen=True)
 class Store:
     client: MlflowClient
@@ -68,8 +61,8 @@ class Store:
 
 
 @pytest.fixture
-def store(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    shutil.copy(template, tmp_path / "mlflow.db")
+def store(tmp_path: Path, migrated_store: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    shutil.copy(migrated_store, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     client = MlflowClient(uri)
