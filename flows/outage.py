@@ -39,6 +39,7 @@ _START_SECONDS = 3.0
 _END_SECONDS = 20.0
 """Patience at the end of a run: a server of ours that died is back by then."""
 _RECORDING_SECONDS = 15.0
+"""Patience with a server that records nothing more of a run that has ended."""
 _LAST_SECONDS = 3.0
 _CHATTY = ("prefect.events.clients", "prefect._internal.concurrency", "EventsWorker", "APILogWorker")
 _RUNS = ("prefect.flow_runs", "prefect.task_runs")
@@ -216,15 +217,18 @@ def _stop_sending() -> None:
 
 def _unrecorded_tasks(flow_run_id: UUID, tasks: int) -> str | None:
     """Why the server has not recorded all task runs, None where it has."""
-    deadline, mine = time.monotonic() + _RECORDING_SECONDS, FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    final, since, mine = 0, time.monotonic(), FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), _impatient_client() as client:
-        while time.monotonic() < deadline:
+        while time.monotonic() < since + _RECORDING_SECONDS:
             try:
                 runs = client.read_task_runs(flow_run_filter=mine, limit=200)
             except httpx.HTTPError as error:
                 return _said(error)
-            if len(runs) >= tasks and all(run.state is not None and run.state.is_final() for run in runs):
+            ended = sum(run.state is not None and run.state.is_final() for run in runs)
+            if tasks <= len(runs) == ended:
                 return None
+            if ended != final:
+                final, since = ended, time.monotonic()
             time.sleep(0.3)
     return f"not recorded after {_RECORDING_SECONDS:.0f} s"
 

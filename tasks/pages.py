@@ -37,13 +37,15 @@ def deliver(seconds: float) -> int:
     """Wait for the pages to be sent, once more those that the API did not take; returns how many are given up.
 
     Args:
-        seconds: how long to wait at most.
+        seconds: how long to wait while none is sent.
     """
     for page in _taken(_refused):
         _waiting.put(page)
     with _waiting.all_tasks_done:
-        _waiting.all_tasks_done.wait_for(lambda: not _waiting.unfinished_tasks, seconds)
-        left = _waiting.unfinished_tasks
+        left, before = _waiting.unfinished_tasks, None
+        while left and left != before:
+            _waiting.all_tasks_done.wait_for(lambda: not _waiting.unfinished_tasks, seconds)
+            left, before = _waiting.unfinished_tasks, left
     while not _waiting.empty():
         _waiting.get_nowait()
         _waiting.task_done()

@@ -1,21 +1,15 @@
-"""The command itself, in a process with all libraries imported, and a Prefect server of the user's behind a proxy."""
+"""The command itself, in a process with all libraries imported."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import faults_run
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Command:
@@ -67,29 +61,3 @@ def _child(arguments: list[str], log: Path, variables: dict[str, str]) -> None:
     from pipeline.cli import main
 
     main()
-
-
-@contextlib.contextmanager
-def prefect_server(home: Path) -> Iterator[int]:
-    """A server with its database under `home`; gives its port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    given = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    given |= {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "true"}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen(command, env=given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        while not _answers(port):
-            assert server.poll() is None
-            time.sleep(0.1)
-        yield port
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _answers(port: int) -> bool:
-    with contextlib.suppress(OSError):
-        return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5).status == 200)
-    return False

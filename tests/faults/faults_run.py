@@ -24,6 +24,7 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation.generate import Decoder
 from pipeline.plan import Plan
 from pipeline.processes import exit_on_sigterm
+from pipeline.reporting import figures, lens_figure  # noqa: F401  # with matplotlib, which a process would import otherwise
 from pipeline.stages import cache, compare, finetune_teacher, prepare, seqkd, student
 from pipeline.teacher.cache import writer
 from pipeline.training import loop

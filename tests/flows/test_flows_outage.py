@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -202,6 +206,41 @@ def test_a_page_that_is_never_taken_keeps_nobody(monkeypatch: pytest.MonkeyPatch
         assert carried_out(body) == 3
     finally:
         gate.set()
+
+
+def test_slow_pages_are_waited_for_while_one_comes_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks import pages
+
+    monkeypatch.setattr(pages, "create_markdown_artifact", lambda **_: time.sleep(0.6))
+
+    def body(number: int) -> int:
+        for index in range(number):
+            pages.show_page(f"page-{index}", None, "text")
+        return pages.deliver(1.5)
+
+    assert carried_out(body) == 0
+
+
+@pytest.mark.parametrize(("recorded", "problem"), [(4, None), (3, "not recorded after 15 s")])
+def test_a_server_that_records_slowly_is_waited_for(
+    recorded: int, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import outage
+
+    clock, asked = [0.0], [0]
+    ended = SimpleNamespace(state=SimpleNamespace(is_final=lambda: True))
+
+    class Client:
+        def read_task_runs(self, **_: Any) -> list[Any]:
+            asked[0] += 1
+            return [ended] * min(asked[0], recorded)
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 10.0
+
+    monkeypatch.setattr(outage, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(outage, "_impatient_client", lambda: contextlib.nullcontext(Client()))
+    assert outage._unrecorded_tasks(uuid4(), 4) == problem
 
 
 def test_a_trial_elsewhere_outlives_the_loss_of_the_api(
