@@ -103,10 +103,11 @@ def kill_orphans(run_dir: Path, experiments: Iterable[str]) -> list[str]:
         return []
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    client, killed = MlflowClient(store), []
-    names = [each for name in experiments for each in (name, stage_experiment(name))]
+    names, killed = [each for name in experiments for each in (name, stage_experiment(name))], []
     try:
+        client = MlflowClient(store)
         found = [client.get_experiment_by_name(name) for name in names]
         ids = [experiment.experiment_id for experiment in found if experiment is not None]
         for run in client.search_runs(ids, "attributes.status = 'RUNNING'", max_results=1000) if ids else ():
@@ -115,7 +116,7 @@ def kill_orphans(run_dir: Path, experiments: Iterable[str]) -> list[str]:
                 client.set_terminated(run.info.run_id, "KILLED")
                 log.warning("MLflow run %s: killed, its process (%s) is gone", run.info.run_name, process)
                 killed.append(run.info.run_name)
-    except MlflowException as error:  # serving does not depend on it, and the next start tries again
+    except (MlflowException, SQLAlchemyError) as error:  # serving does not depend on it, and the next start tries again
         log.warning("MLflow: cannot look for runs of processes that are gone: %s", reason(error))
     return killed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import experiment
 
 from pipeline.config import load_experiment
 from pipeline.plan import Plan, plan_experiment
-from pipeline.stages import cache, evaluate, prepare, seqkd, student, train
+from pipeline.reporting import notes
+from pipeline.reporting.record import TrainingRecord
+from pipeline.reporting.report import settings_of
+from pipeline.stages import cache, evaluate, prepare, report, seqkd, student, train
+from pipeline.stages.compare import ComparePlan, Trial
 from pipeline.stages.train import TrainPlan
 
 
@@ -45,3 +50,17 @@ def run_trials(plan: Plan) -> None:
 def training(plan: Plan, method: str, seed: int = 10) -> TrainPlan:
     """The plan of one training run."""
     return next(t.train for t in plan.trials if t.train is not None and (t.method, t.seed) == (method, seed))
+
+
+def method_settings(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
+    """Method → every setting that it is trained with and that a method can have of its own, by dotted path."""
+    runs: dict[str, list[TrainingRecord]] = {}
+    for trial in trials:
+        if trial.train is not None:
+            runs.setdefault(trial.row, []).append(report.training_record(trial.train))
+    return settings_of(runs)
+
+
+def reading_notes(plan: ComparePlan) -> list[str]:
+    """What the report says below its table, before anything is run."""
+    return notes.reading_notes(report.planned(plan))

@@ -143,11 +143,6 @@ def iterate_examples(source: Source) -> Iterator[Example]:
             raise DataError(f"{label}: no rows{taken}; expected rows with the columns {_COLUMNS}")
 
 
-def read_examples(source: Source) -> list[Example]:
-    """All rows of a source at once; see `iterate_examples`."""
-    return list(iterate_examples(source))
-
-
 def source_digest(source: Source) -> str:
     """SHA-256 identity of a source's rows, for fingerprints: the same rows give the same digest wherever the file is.
 

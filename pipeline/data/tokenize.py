@@ -156,22 +156,6 @@ def training_chunks(
         yield encoded, EncodingCounts(len(chunk), len(encoded), empty, dropped, truncated, cut)
 
 
-def encode_training(
-    examples: Iterable[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    template: str,
-    max_prompt_tokens: int = 256,
-    max_tokens: int = 512,
-    overlong: Overlong = "drop",
-) -> tuple[list[EncodedExample], EncodingCounts]:
-    """All rows of `training_chunks` at once."""
-    encoded, counts = [], EncodingCounts(0, 0, 0, 0, 0, 0)
-    for rows, found in training_chunks(examples, tokenizer, template, max_prompt_tokens, max_tokens, overlong):
-        encoded += rows
-        counts += found
-    return encoded, counts
-
-
 def prompt_chunks(
     examples: Iterable[Example],
     tokenizer: PreTrainedTokenizerBase,

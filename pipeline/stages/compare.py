@@ -10,11 +10,9 @@ from typing import Any
 from pipeline.artifacts import Artifact
 from pipeline.config.experiment import Experiment
 from pipeline.errors import ArtifactError
-from pipeline.reporting import notes
 from pipeline.reporting.aggregate import METRICS, ResultRow, RunScores, result_rows
-from pipeline.reporting.record import TrainingRecord
 from pipeline.reporting.record_files import write_records
-from pipeline.reporting.report import settings_of, write_report
+from pipeline.reporting.report import write_report
 from pipeline.stages import report
 from pipeline.stages.evaluate import EvaluatePlan, read_scores
 from pipeline.stages.lens_profile import LensProfilePlan
@@ -156,20 +154,6 @@ def trial_scores(trials: Sequence[Trial]) -> list[RunScores]:
 def trial_rows(trial: Trial) -> list[ResultRow]:
     """results.csv rows of one trial."""
     return result_rows(trial_scores([trial]))
-
-
-def method_settings(trials: Sequence[Trial]) -> dict[str, dict[str, Any]]:
-    """Method → every setting that it is trained with and that a method can have of its own, by dotted path."""
-    runs: dict[str, list[TrainingRecord]] = {}
-    for trial in trials:
-        if trial.train is not None:
-            runs.setdefault(trial.row, []).append(report.training_record(trial.train))
-    return settings_of(runs)
-
-
-def reading_notes(plan: ComparePlan) -> list[str]:
-    """How to read the table: what the numbers are, what the deviations are over, what was equal."""
-    return notes.reading_notes(report.planned(plan))
 
 
 def _run_scores(trial: Trial, plan: EvaluatePlan) -> RunScores:

@@ -1,7 +1,7 @@
 """Whole training steps in a process of their own, so that the peak memory is theirs alone.
 
-    python tests/benchmarks/step_probe.py pair TEACHER ROWS …   plain and ours alternate, times
-    python tests/benchmarks/step_probe.py plain|ours …          one side, peak memory
+    PYTHONPATH=tests python tests/benchmarks/step_probe.py pair TEACHER ROWS …   plain and ours alternate, times
+    PYTHONPATH=tests python tests/benchmarks/step_probe.py plain|ours …          one side, peak memory
 
 Prints one line of JSON.
 """
@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from plain_step import plain_loss, plain_step
+from rows import encode_training, read_examples
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.data.collate import Batch, collate
 from pipeline.data.examples import EncodedExample
-from pipeline.data.sources import LocalSource, read_examples
-from pipeline.data.tokenize import encode_training
+from pipeline.data.sources import LocalSource
 from pipeline.losses.elementwise import Backend
 from pipeline.losses.objective import LensTerm, Objective
 from pipeline.models.layers import uniform_pairs

@@ -35,7 +35,7 @@ def probe(script: str, *arguments: str) -> dict[str, Any]:
     project = HERE.parent.parent
     done = subprocess.run(
         [sys.executable, str(HERE / script), *arguments],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(project)},
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(project), str(HERE.parent)])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

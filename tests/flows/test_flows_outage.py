@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -339,16 +340,18 @@ def test_a_server_of_ours_that_does_not_start_is_one_that_does_not_answer(
 ) -> None:
     from flows import engine
 
-    def fail(*_: Any) -> Any:
-        raise engine.ServerFailed("the Prefect server did not start")
+    begin = engine.server_process
+
+    def broken(command: Any, *given: Any) -> Any:
+        return begin([sys.executable, "-c", "raise SystemExit(3)"], *given)
 
     monkeypatch.setattr(engine, "users_server", lambda: None)
-    monkeypatch.setattr(engine, "server_process", fail)
+    monkeypatch.setattr(engine, "server_process", broken)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     caplog.set_level(logging.INFO)
     with engine.engine(tmp_path):
         assert os.environ["PREFECT_API_URL"].startswith("http://127.0.0.1:")
-    assert "PREFECT_API_URL" not in os.environ and "the Prefect server did not start" in caplog.text
+    assert "PREFECT_API_URL" not in os.environ and "the Prefect server did not start; it says why in" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,14 @@ def test_only_mlflow_runs_of_dead_processes_are_killed(run_dir: Path) -> None:
     assert kill_orphans(run_dir / "nothing there", ["mine"]) == [] and not (run_dir / "nothing there").exists()
 
 
+def test_serving_does_not_depend_on_the_store(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from flows.reconcile import kill_orphans
+
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
+    assert kill_orphans(tmp_path, ["mine"]) == []
+    assert "MLflow: cannot look for runs of processes that are gone: " in caplog.text
+
+
 def test_the_zombie_automation_is_made_once(client: Any) -> None:
     from flows.automations import SILENCE_SECONDS, ZOMBIES, ensure_zombie_automation
 

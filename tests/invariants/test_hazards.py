@@ -16,6 +16,7 @@ import pytest
 import stages
 import tiny
 import torch
+from rows import encode_training, read_examples
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,8 +24,7 @@ from pipeline.artifacts import Artifact
 from pipeline.config.methods import Evaluation, Features, Lens, Validation
 from pipeline.data.collate import IGNORE_INDEX, collate
 from pipeline.data.examples import EncodedExample, EncodedPrompt, Example
-from pipeline.data.sources import LocalSource, read_examples
-from pipeline.data.tokenize import encode_training
+from pipeline.data.sources import LocalSource
 from pipeline.errors import CacheMismatchError, ConfigError, ModelError
 from pipeline.evaluation.generate import DecodingProtocol, generate
 from pipeline.losses import divergences
@@ -38,7 +38,6 @@ from pipeline.reporting import render
 from pipeline.reporting.aggregate import RunScores, result_rows, table
 from pipeline.reporting.differences import differences
 from pipeline.stages import evaluate, fit, prepare, train
-from pipeline.stages.compare import method_settings
 from pipeline.stages.evaluate import read_scores
 from pipeline.teacher.cache.reader import CachedTeacher
 from pipeline.teacher.cache.schema import CacheKey
@@ -351,7 +350,7 @@ def test_hazard_09_a_fair_experiment_refuses_settings_of_a_methods_own(tmp_path:
 
 def trained_settings(plan: Plan) -> dict[str, set[str]]:
     """Setting → its different values over the methods of the plan."""
-    return {row.setting: set(row.values.values()) for row in differences(method_settings(plan.trials))}
+    return {row.setting: set(row.values.values()) for row in differences(stages.method_settings(plan.trials))}
 
 
 def test_hazard_09_every_difference_between_methods_is_listed(tmp_path: Path) -> None:

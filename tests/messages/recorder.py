@@ -28,6 +28,10 @@ class _Listener(logging.Handler):
         super().__init__(logging.WARNING)
         self.heard = heard
 
+    def attach(self) -> None:
+        """Listen; once more where a library has set up logging anew."""
+        logging.getLogger().addHandler(self)
+
     def emit(self, record: logging.LogRecord) -> None:
         site = _at(record.pathname, record.lineno)
         if site is not None:
@@ -35,10 +39,10 @@ class _Listener(logging.Handler):
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Heard]:
-    """Every message made meanwhile in this process, with its place."""
-    heard: Heard = []
-    listener = _Listener(heard)
+def listening() -> Iterator[_Listener]:
+    """Hears every message made meanwhile in this process, with its place."""
+    listener = _Listener([])
+    heard = listener.heard
 
     def made(self: PipelineError, *arguments: Any) -> None:
         Exception.__init__(self, *arguments)
@@ -53,9 +57,9 @@ def listening() -> Iterator[Heard]:
             heard.extend((site, problem) for site in sites() if site.kind == "ValueError" and site.makes(problem))
 
     PipelineError.__init__ = made  # type: ignore[method-assign]
-    logging.getLogger().addHandler(listener)
+    listener.attach()
     try:
-        yield heard
+        yield listener
     finally:
         del PipelineError.__init__  # it has none of its own
         logging.getLogger().removeHandler(listener)
@@ -69,15 +73,22 @@ def _at(file: str, line: int) -> Site | None:
 
 # As a plugin
 
-_heard = pytest.StashKey[Heard]()
+_listener = pytest.StashKey[_Listener]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Listen during the whole session."""
     if FILE in os.environ:
         stack = contextlib.ExitStack()
-        config.stash[_heard] = stack.enter_context(listening())
+        config.stash[_listener] = stack.enter_context(listening())
         config.add_cleanup(stack.close)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Prefect sets up logging when it is imported, and nobody else is told anything after that."""
+    if FILE in os.environ:
+        item.config.stash[_listener].attach()
 
 
 @pytest.hookimpl(trylast=True)
@@ -85,7 +96,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Write down what this test made the program say."""
     if FILE not in os.environ:
         return
-    heard = item.config.stash[_heard]
+    heard = item.config.stash[_listener].heard
     with open(os.environ[FILE], "a", encoding="utf-8") as stream:
         for site, message in heard:
             stream.write(json.dumps([item.nodeid, site.file, site.where, site.text, message]) + "\n")

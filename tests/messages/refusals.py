@@ -19,12 +19,13 @@ import stages
 import tiny
 import torch
 import yaml
+from rows import read_examples
 
 from pipeline import artifacts, cli
 from pipeline.config import load_experiment
 from pipeline.config.loading import load_sweep
 from pipeline.config.methods import ProvenancePairs
-from pipeline.data.sources import LocalSource, read_examples
+from pipeline.data.sources import LocalSource
 from pipeline.evaluation.generate import DecodingProtocol, EncodedPrompt, check_lengths
 from pipeline.evaluation.kv_cache import _rows_of
 from pipeline.evaluation.lens_view import _output_stem

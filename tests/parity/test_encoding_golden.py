@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import encode_training, read_examples
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.data.collate import collate
 from pipeline.data.examples import EncodedExample
-from pipeline.data.sources import LocalSource, read_examples
-from pipeline.data.tokenize import EncodingCounts, encode_training
+from pipeline.data.sources import LocalSource
+from pipeline.data.tokenize import EncodingCounts
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from rows import read_examples
 
 from pipeline.artifacts import MANIFEST, Artifact, artifact_path, commit, find, open_or_fail, partial_folder, peek
-from pipeline.data.sources import HubSource, read_examples
+from pipeline.data.sources import HubSource
 from pipeline.errors import ArtifactError
 from pipeline.hub import in_cache
 from pipeline.models.load import fetch, locate_hub

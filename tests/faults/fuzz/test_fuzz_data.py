@@ -17,8 +17,9 @@ import tiny
 from fuzzing import byte_changes, change_bytes, examples, listing, refusal, run, values, watched
 from hypothesis import event, given
 from hypothesis import strategies as st
+from rows import read_examples
 
-from pipeline.data.sources import LocalSource, read_examples, source_digest
+from pipeline.data.sources import LocalSource, source_digest
 from pipeline.errors import DataError
 
 pytestmark = pytest.mark.timeout(3000)

@@ -12,6 +12,9 @@ import experiment
 import pytest
 import tiny
 
+from pipeline import cli as program
+from pipeline.errors import ConfigError
+
 
 def cli(*arguments: str, cwd: Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "PREFECT_"))}
@@ -157,6 +160,12 @@ def test_bad_input_is_one_message_and_exit_2(config: Path, arguments: list[str],
         cwd=config.parent,
     )
     assert message in refused(result)
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused_before_an_engine_starts() -> None:
+    with pytest.raises(ConfigError, match=r"--run-dir: /proc/none cannot be written \(.*\); choose another with --run-dir"):
+        with program._engine(Path("/proc/none")):
+            raise AssertionError
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,10 @@ def heard(tmp_path_factory: pytest.TempPathFactory) -> Heard:
     """Everything that the table's tests and refusals made the program say: the tests run once more, in one process."""
     found: Heard = collections.defaultdict(list)
     for name, provoke in ALL.items():
-        with recorder.listening() as said, pytest.raises(PipelineError) as caught:
+        with recorder.listening() as listener, pytest.raises(PipelineError) as caught:
             provoke(tmp_path_factory.mktemp("refusal"))
         assert name in refusals.FAILURES or caught.value.exit_code == 2, name
-        for site, message in said:
+        for site, message in listener.heard:
             found[key(site, name)].append(message)
     file = tmp_path_factory.mktemp("messages") / "heard.jsonl"
     subprocess.run(

@@ -355,6 +355,17 @@ def test_a_renewal_that_fails_is_tried_again(
     assert "cannot renew" in caplog.text and json.loads(held.folder.read(name) or b"")["released"] is True
 
 
+def test_a_lease_that_cannot_be_let_go_fails_no_work(
+    url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(self: Lease, beat: int, released: bool = False) -> None:
+        raise OSError("away")
+
+    with Store(url, lifetime=60.0).lease("stage", "f"):
+        monkeypatch.setattr(Lease, "write", away)
+    assert "cannot release" in caplog.text and "stage/f.lease (away); it ends by itself" in caplog.text
+
+
 def test_whether_a_holder_lives_is_seen_by_its_renewals(url: str) -> None:
     with Store(url, lifetime=2.0).lease("stage", "f"):
         for wait in ("never", "sign"):

@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import encode_training, read_examples
 from transformers import AutoTokenizer
 
 from pipeline.data.batching import epoch_batches, micro_batches, padding_fraction
-from pipeline.data.sources import LocalSource, read_examples
-from pipeline.data.tokenize import encode_training
+from pipeline.data.sources import LocalSource
 
 LENGTHS = np.random.default_rng(0).integers(20, 500, 1000).tolist()
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import read_examples
 
 from pipeline.data import sources
 from pipeline.data.examples import Example
@@ -26,7 +27,6 @@ from pipeline.data.sources import (
     count_contents,
     draw_parts,
     iterate_examples,
-    read_examples,
     source_digest,
 )
 from pipeline.errors import DataError

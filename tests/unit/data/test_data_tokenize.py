@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import tiny
+from rows import encode_training
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +19,6 @@ from pipeline.data.tokenize import (
     EncodingCounts,
     PromptCounts,
     encode_prompts,
-    encode_training,
     prompt_chunks,
     read_encoded,
     read_prompts,

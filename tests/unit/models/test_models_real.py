@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from rows import encode_training, read_examples
 
 from pipeline.data.collate import collate
-from pipeline.data.sources import BundledSource, read_examples
-from pipeline.data.tokenize import encode_training
+from pipeline.data.sources import BundledSource
 from pipeline.evaluation.dev import dev_loss
 from pipeline.models import load
 from pipeline.models.lens import load_lens, logit_lens

@@ -8,7 +8,6 @@ from pathlib import Path
 import stages
 
 from pipeline.reporting.differences import differences, write_csv
-from pipeline.stages.compare import method_settings, reading_notes
 
 METHODS = {
     "sft": None,
@@ -36,7 +35,7 @@ def test_the_csv_has_a_column_for_each_method(tmp_path: Path) -> None:
 
 def test_a_fair_comparison_differs_in_its_methods_definitions_only(tmp_path: Path) -> None:
     plan = stages.planned(tmp_path, methods=METHODS)
-    found = {row.setting: row.values for row in differences(method_settings(plan.trials))}
+    found = {row.setting: row.values for row in differences(stages.method_settings(plan.trials))}
     own = ("lens.", "features.", "generation.")
     assert {name for name in found if not name.startswith(own)} == {
         "kind",
@@ -53,18 +52,18 @@ def test_a_fair_comparison_differs_in_its_methods_definitions_only(tmp_path: Pat
 def test_an_unfair_one_lists_budgets_too(tmp_path: Path) -> None:
     methods = {"kd": {"alpha": 0.5}, "rkl": {"train": {"max_steps": 9, "learning_rate": [1e-3, 2e-3]}}, "sft": None}
     plan = stages.planned(tmp_path, "fair=false", methods=methods)
-    found = {row.setting: dict(row.values) for row in differences(method_settings(plan.trials))}
+    found = {row.setting: dict(row.values) for row in differences(stages.method_settings(plan.trials))}
     assert found["train.max_steps"] == {"kd": "4", "rkl": "9", "sft": "4"}
     assert found["train.learning_rate"] == {"kd": "0.001", "rkl": "[0.001, 0.002]", "sft": "0.001"}
     assert found["alpha"] == {"kd": "0.5", "rkl": "1", "sft": "0"}
-    assert any("budgets of their own" in note for note in reading_notes(plan.comparison))
+    assert any("budgets of their own" in note for note in stages.reading_notes(plan.comparison))
 
 
 def test_states_that_no_cache_holds_are_told(tmp_path: Path) -> None:
     plan = stages.planned(
         tmp_path, methods={**METHODS, "mse": {"features": {**METHODS["mse"]["features"], "positions": "all"}}}
     )
-    found = {row.setting: row.values for row in differences(method_settings(plan.trials))}
+    found = {row.setting: row.values for row in differences(stages.method_settings(plan.trials))}
     assert found["teacher states"] == {
         "sft": "none", "kd": "float32 cache", "seqkd": "none", "mse": "online", "distilllens": "float32 cache",
     }  # fmt: skip
@@ -73,7 +72,7 @@ def test_states_that_no_cache_holds_are_told(tmp_path: Path) -> None:
 def test_the_notes_tell_whose_batches_are_others(tmp_path: Path) -> None:
     def note(methods: dict[str, object]) -> str:
         return next(
-            text for text in reading_notes(stages.planned(tmp_path, methods=methods).comparison) if "data order" in text
+            text for text in stages.reading_notes(stages.planned(tmp_path, methods=methods).comparison) if "data order" in text
         )
 
     assert note({"kd": None, "seqkd": None}).endswith("order (seqkd: in batches by the lengths of the teacher's responses).")
@@ -83,7 +82,7 @@ def test_the_notes_tell_whose_batches_are_others(tmp_path: Path) -> None:
 def test_the_notes_tell_the_budget(tmp_path: Path) -> None:
     def budget(**train: object) -> str:
         plan = stages.planned(tmp_path, train={"batch_size": 6, "learning_rate": 1e-3, **train})
-        return next(note for note in reading_notes(plan.comparison) if note.startswith("Every trained row had"))
+        return next(note for note in stages.reading_notes(plan.comparison) if note.startswith("Every trained row had"))
 
     assert "had 1 epoch of 6 rows, peak learning rate 0.001 and" in budget(epochs=1)
     assert "had 1.5 epochs of 6 rows" in budget(epochs=1.5)

@@ -21,7 +21,7 @@ from pipeline.plan import Plan
 from pipeline.reporting.record_files import FILES, read_records
 from pipeline.reporting.report import write_report
 from pipeline.stages import compare, prepare, report, student
-from pipeline.stages.compare import ComparePlan, Trial, plan_comparison, reading_notes
+from pipeline.stages.compare import ComparePlan, Trial, plan_comparison
 from pipeline.stages.evaluate import GENERATIONS
 
 METHODS = {"sft": None, "kd": None, "rkl": None}
@@ -172,7 +172,9 @@ def test_a_method_stands_for_its_first_row(plan: Plan, tmp_path: Path) -> None:
 def test_a_baseline_without_trials_is_told(plan: Plan, tmp_path: Path) -> None:
     found = planned(plan, plan.trials, tmp_path, "jsd")
     assert (found.baseline, found.missing_baseline) == ("kd", "jsd")
-    assert any("baseline jsd has no finished trial; methods are compared with kd" in note for note in reading_notes(found))
+    assert any(
+        "baseline jsd has no finished trial; methods are compared with kd" in note for note in stages.reading_notes(found)
+    )
 
 
 def test_the_experiments_baseline_must_be_a_method(tmp_path: Path) -> None:

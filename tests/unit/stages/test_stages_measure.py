@@ -24,7 +24,6 @@ from pipeline.errors import DataError, ModelError
 from pipeline.evaluation.generate import DecodingProtocol, generate
 from pipeline.plan import Plan
 from pipeline.stages import compare, evaluate, measure, prepare, student, train
-from pipeline.stages.compare import reading_notes
 from pipeline.stages.evaluate import GENERATIONS
 from pipeline.stages.measure import MetricPlan, read_metric
 
@@ -107,7 +106,7 @@ def test_ratings_are_rows_of_the_comparison(tmp_path: Path, endpoint: str) -> No
         (method, name) for method in ("teacher", "untrained", "sft") for name in ("general", "tasks", "avg")
     }
     assert {row["n_decoding_seeds"] for row in rows} == {"2"} and all(1 <= float(row["mean"]) <= 10 for row in rows)
-    assert any(text.startswith("judge: mean rating by j, 1 (useless)") for text in reading_notes(plan.comparison))
+    assert any(text.startswith("judge: mean rating by j, 1 (useless)") for text in stages.reading_notes(plan.comparison))
     assert "<h2>judge</h2>" in (artifact.path / "report.html").read_text()
 
 
@@ -208,7 +207,7 @@ def test_metrics_with_other_numbers_of_values_stand_in_one_table(tmp_path: Path,
     rows = [row for row in csv.DictReader((artifact.path / "results.csv").open()) if row["method"] == "sft"]
     counts = {(row["benchmark"], row["metric"]): row["n_decoding_seeds"] for row in rows}
     assert counts["avg", "ece"] == "1" and counts["avg", "judge"] == "2" and counts["avg", "rouge_l"] == "2"
-    assert any(text.startswith("ece: expected calibration error") for text in reading_notes(plan.comparison))
+    assert any(text.startswith("ece: expected calibration error") for text in stages.reading_notes(plan.comparison))
 
 
 class Lengths:
@@ -237,7 +236,7 @@ def test_similarity_is_one_value_for_each_decoding_seed(tmp_path: Path, monkeypa
         pairs = [(len(row["prediction"]), len(row["references"][0])) for row in rows if row["seed"] == seed]
         expected.append(sum(100 * (1 + p * r) / ((1 + p * p) * (1 + r * r)) ** 0.5 for p, r in pairs) / len(pairs))
     assert (first.name, read_metric(first)) == ("similarity", pytest.approx(expected))
-    assert any(text.startswith("similarity: 100") for text in reading_notes(plan.comparison))
+    assert any(text.startswith("similarity: 100") for text in stages.reading_notes(plan.comparison))
 
 
 def test_another_encoder_is_another_metric(tmp_path: Path) -> None:
@@ -286,7 +285,7 @@ def test_exposure_bias_compares_the_students_own_responses_with_the_teachers(
     content = json.loads((artifact.path / "metric.json").read_text())["exposure_bias"]
     assert read_metric(untrained) == [content["excess_percent"][1]] and content["lengths"] == [1, 3]
     assert any(
-        text.startswith("ex_acc_err: excess accumulated error after 3 tokens") for text in reading_notes(plan.comparison)
+        text.startswith("ex_acc_err: excess accumulated error after 3 tokens") for text in stages.reading_notes(plan.comparison)
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from safetensors.torch import load_file
 
 from pipeline.errors import TrainingError
 from pipeline.stages import fit, train
-from pipeline.stages.compare import method_settings
 from pipeline.stages.fit import METRICS, MODEL, SUMMARY
+from pipeline.training.stopping import Stopped
 
 SETTINGS = ("validation.select=loss", "train.seeds=[10]")
 
@@ -57,7 +59,7 @@ def test_every_candidate_is_recorded_with_the_same_budget(tmp_path: Path) -> Non
 def test_the_comparison_tells_what_the_search_kept(tmp_path: Path) -> None:
     run(tmp_path, "[1e-6, 5e-3]")
     plan = stages.planned(tmp_path, *SETTINGS, "train.learning_rate=[1e-6, 5e-3]", methods={"kd": None, "sft": None})
-    settings = method_settings(plan.trials)
+    settings = stages.method_settings(plan.trials)
     assert settings["kd"]["train.learning_rate kept by the search"] == "0.005"
     assert "train.learning_rate kept by the search" not in settings["sft"]  # not trained yet
 
@@ -95,3 +97,19 @@ def test_a_rate_at_which_training_breaks_down_loses(tmp_path: Path) -> None:
 def test_when_every_rate_breaks_down_the_first_failure_is_told(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="train kd s10: training failed at every learning rate; the first: step 2"):
         run(tmp_path, "[1e30, 1e31]")
+
+
+def test_a_signal_after_the_last_step_ends_the_command_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fit._fit_here
+
+    def signalled(*given: Any) -> Any:
+        counts = real(*given)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return counts
+
+    monkeypatch.setattr(fit, "_fit_here", signalled)
+    with pytest.raises(Stopped, match="kd s10: stopped after its last step; run the same command again to go on") as stopped:
+        run(tmp_path, "5e-3")
+    assert stopped.value.exit_code == 143
+    monkeypatch.setattr(fit, "_fit_here", None)  # nothing is trained again
+    assert run(tmp_path, "5e-3").manifest.counts["steps"] == 4

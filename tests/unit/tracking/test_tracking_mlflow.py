@@ -139,6 +139,25 @@ def test_training_goes_on_where_the_machine_cannot_be_watched(
     tracker.close()
 
 
+def test_training_goes_on_where_counters_fail_later(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mlflow.system_metrics.metrics import disk_monitor
+
+    def broken(self: Any) -> None:
+        raise OSError("the disk has no counters any more")
+
+    monkeypatch.setattr(disk_monitor.DiskMonitor, "collect_metrics", broken)
+    with MLflowTracker(tmp_path, "tiny") as tracker:
+        run = tracker.start(RUN)
+        tracker.follow(run)(tmp_path / "metrics.jsonl")
+        while any(thread.name == "machine-watch" for thread in threading.enumerate()):
+            time.sleep(0.01)
+        tracker.finish(run, "FINISHED")
+    assert "no more system metrics of this run: the disk has no counters any more" in caplog.text
+    assert tracker.complete
+
+
 def test_nobody_waits_for_a_server_that_does_not_answer(
     silent: Silent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -231,6 +231,9 @@ def test_an_adapter_without_its_base_is_refused(store: Store, trained: Callable[
     shutil.copytree(trained("train.lora.rank=2").path, tmp_path / "artifacts" / "train" / "moved")
     with pytest.raises(ArtifactError, match="an adapter of the student .*, which is not there"):
         deliver_model(store.client, store.run(), tmp_path / "artifacts" / "train" / "moved" / "model", "kd s10")
+    shutil.copytree(tmp_path / "artifacts" / "train" / "moved" / "model", tmp_path / "alone")
+    with pytest.raises(ArtifactError, match="alone: an adapter outside its training's artifact; export it"):
+        deliver_model(store.client, store.run(), tmp_path / "alone", "kd s10")
     assert store.models() == []
 
 
