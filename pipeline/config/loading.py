@@ -60,14 +60,18 @@ def validate(model: type[Model], raw: Mapping[str, Any], source: str) -> Model:
     """
     try:
         found = model.model_validate(raw)
-        problems = [_shown(problem, 600) for problem in beyond_limits(found)]
+        problems = [shown(problem, 600) for problem in beyond_limits(found)]
     except ValidationError as error:
         problems = [_problem(model, item) for item in error.errors()]
     if problems:
-        more = len(problems) - _MAX_PROBLEMS
-        shown = problems if more <= 0 else [*problems[:_MAX_PROBLEMS], f"and {more} more; mend these first"]
-        raise ConfigError(shown, source)
+        raise ConfigError(first_problems(problems), source)
     return found
+
+
+def first_problems(problems: list[str]) -> list[str]:
+    """As many as fit a screen, and how many more there are."""
+    more = len(problems) - _MAX_PROBLEMS
+    return problems if more <= 0 else [*problems[:_MAX_PROBLEMS], f"and {more} more; mend these first"]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def _with_includes(path: Path, including: tuple[Path, ...], left: Iterator[int])
     try:
         path = path.resolve()
     except (ValueError, RuntimeError) as error:  # a NUL byte; links in a circle
-        raise ConfigError(f"no usable path ({error}); give the path of a YAML file", _shown(str(path))) from None
+        raise ConfigError(f"no usable path ({error}); give the path of a YAML file", shown(str(path))) from None
     if path in including:
         way = " → ".join(p.name for p in including)
         raise ConfigError(f"include: {path.name} includes itself through {way}; remove it there", str(path))
@@ -134,7 +138,7 @@ def _parse(path: Path) -> dict[str, Any]:
             )
         value = _read(content.decode("utf-8-sig"))
     except OSError as error:
-        raise ConfigError(f"cannot be read ({error.strerror}); give the path of a YAML file", _shown(str(path))) from None
+        raise ConfigError(f"cannot be read ({error.strerror}); give the path of a YAML file", shown(str(path))) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"not UTF-8 text (byte {error.start + 1}: {error.reason}); convert the file", str(path)) from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -204,7 +208,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
             if (key.tag, key.value) in seen:
-                raise ValueError(f"{_at(key)}: the key {_shown(key.value)} occurs twice in its mapping; remove one")
+                raise ValueError(f"{_at(key)}: the key {shown(key.value)} occurs twice in its mapping; remove one")
             seen.add((key.tag, key.value))
 
 
@@ -213,7 +217,7 @@ def _at(node: yaml.Node) -> str:
 
 
 def _first_words(error: Exception) -> str:
-    return _shown(" ".join(str(error).split()) or type(error).__name__, 300)
+    return shown(" ".join(str(error).split()) or type(error).__name__, 300)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -234,16 +238,16 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _parse_override(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not all(name.strip().split(".")):
-        raise ConfigError(f"--set {_shown(text)}: write it as dotted.path=value")
+        raise ConfigError(f"--set {shown(text)}: write it as dotted.path=value")
     try:
         return name.strip(), _read(value)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"--set {_shown(text)}: the value is not YAML ({_first_words(error)}); write it otherwise") from None
+        raise ConfigError(f"--set {shown(text)}: the value is not YAML ({_first_words(error)}); write it otherwise") from None
 
 
 def _set(raw: dict[str, Any], keys: list[str], value: Any) -> dict[str, Any]:
     if len(keys) > MAX_DEPTH:
-        raise ConfigError(f"{_shown('.'.join(keys))}: {len(keys)} names, but settings are at most {MAX_DEPTH} deep; shorten it")
+        raise ConfigError(f"{shown('.'.join(keys))}: {len(keys)} names, but settings are at most {MAX_DEPTH} deep; shorten it")
     head, *rest = keys
     if not rest:
         if head == "path" and raw.get("kind", "local") != "local":
@@ -252,7 +256,7 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any) -> dict[str, Any]:
     child = raw.get(head)
     if child is not None and not isinstance(child, dict):
         raise ConfigError(
-            f"{_shown('.'.join(keys))}: {_shown(head)} is {_short(child)}, which has no keys; set {_shown(head)} as a whole"
+            f"{shown('.'.join(keys))}: {shown(head)} is {_short(child)}, which has no keys; set {shown(head)} as a whole"
         )
     return {**raw, head: _set(child or {}, rest, value)}
 
@@ -270,7 +274,7 @@ def _problem(root: type[BaseModel], error: Any) -> str:
         return f"{dotted}: needs a `kind`; add it"
     if error["type"] == "missing":
         return f"{dotted}: missing; add it"
-    message = _shown(str(error["msg"]).removeprefix("Value error, "), 600)
+    message = shown(str(error["msg"]).removeprefix("Value error, "), 600)
     return f"{dotted}: {message} (found {_short(error['input'])})" if dotted else message
 
 
@@ -279,7 +283,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _shown(text: str, length: int = 200) -> str:
+def shown(text: str, length: int = 200) -> str:
     """A name for a message: nothing that a terminal would obey, and not endless."""
     plain = text if text.isprintable() else repr(text)[1:-1]
     return plain if len(plain) <= length else plain[: length - 1] + "…"
@@ -309,7 +313,7 @@ def _locate(root: type[BaseModel], loc: Sequence[Any]) -> tuple[type[BaseModel] 
         else:
             arguments = typing.get_args(annotation)
             annotation = _plain(arguments[-1]) if arguments else None
-    return holder, _shown(".".join(parts))
+    return holder, shown(".".join(parts))
 
 
 def _plain(annotation: Any) -> Any:

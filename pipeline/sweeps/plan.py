@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.experiment import Experiment
-from pipeline.config.loading import apply_overrides, apply_settings, read_yaml, validate
+from pipeline.config.loading import apply_overrides, apply_settings, first_problems, read_yaml, shown, validate
 from pipeline.config.sweep import METHOD, SEED, OptunaSearch, Sweep
 from pipeline.errors import ConfigError
 from pipeline.plan import Plan, check_inputs, plan_experiment
@@ -173,12 +173,13 @@ def check_points(plan: SweepPlan) -> None:
 def _experiments(sweep: Sweep, base: dict[str, Any], points: Sequence[Point]) -> list[Experiment]:
     experiments, problems = [], []
     for point in points:
+        where = f"at {shown(_variant(point, {})) or 'the base'}"
         try:
-            experiments.append(validate(Experiment, _settings(base, point), "at " + (_variant(point, {}) or "the base")))
+            experiments.append(validate(Experiment, _settings(base, point), where))
         except ConfigError as error:
-            problems += [f"at {_variant(point, {})}: {problem}" for problem in error.problems]
+            problems += [f"{where}: {problem}" for problem in error.problems]
     if problems:
-        raise ConfigError(list(dict.fromkeys(problems)), f"sweep {sweep.name}")
+        raise ConfigError(first_problems(list(dict.fromkeys(problems))), f"sweep {sweep.name}")
     return experiments
 
 

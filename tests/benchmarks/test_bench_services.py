@@ -31,7 +31,7 @@ from pipeline.tracking import MLflowTracker, NoTracker, RunFacts, Tracker, track
 from pipeline.trial import train_tracked
 
 GROUP = "services: what they cost a training"
-PAIRS, STEPS = 5, 30
+PAIRS, STEPS = 3, 30
 GOAL = ("<=", 2.0)
 SLOW_SECONDS = 2.0
 

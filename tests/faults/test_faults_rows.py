@@ -98,15 +98,22 @@ def _child(folder: Path, run_dir: Path, count: int, threads: int, told: Path) ->
     load_tokenizer(plan.data.tokenizer.folder())(["warm up"] * 64)
     before = _most_mib()
     digests = prepared(plan)
-    most = [_most_mib() - before]
+    most, own = _most_mib() - before, _own_mib()
     rows = read_encoded(plan.data.place.existing().path / TRAIN)  # type: ignore[union-attr]
     for _, batch in islice(Order(8, 8, 1, 10**6).steps(rows.lengths, 0), 2000):
         assert all(rows[index].input_ids for index in batch)
-    told.write_text(json.dumps({"digests": digests, "MiB": [*most, _most_mib() - before], "rows": len(rows)}))
+    told.write_text(json.dumps({"digests": digests, "MiB": [most, _own_mib() - own], "rows": len(rows)}))
 
 
 def _most_mib() -> float:
+    """The most that the process ever had, pages of files included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _own_mib() -> float:
+    """What it has now. Pages of the mapped file do not count: the kernel takes them back when it needs them."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) / 1024
 
 
 def in_a_process(folder: Path, run_dir: Path, count: int, threads: int) -> dict[str, Any]:

@@ -113,6 +113,16 @@ def test_wrong_settings_of_points_are_said_together(tmp_path: Path, axes: dict[s
         plan(tmp_path, axes)
 
 
+def test_the_message_stays_short_whatever_the_points_hold(tmp_path: Path) -> None:
+    endless = {f"k{number}": number for number in range(2000)}
+    with pytest.raises(ConfigError, match=r"at train.learning_rate=\{.*…: train.learning_rate: ") as refused:
+        plan(tmp_path, {"train.learning_rate": [endless]})
+    assert len(str(refused.value)) < 2000
+    with pytest.raises(ConfigError, match="and 170 more; mend these first") as refused:
+        plan(tmp_path, {"train.learning_rate": [-float(number) for number in range(1, 201)]})
+    assert len(refused.value.problems) == 31
+
+
 def test_optuna_needs_a_validation_value(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="validation.select: last gives nothing to optimise"):
         plan(tmp_path, {"train.learning_rate": [1e-3]}, ("validation.select=last",), search={"kind": "optuna", "points": 1})
