@@ -186,10 +186,9 @@ def _experiments(sweep: Sweep, base: dict[str, Any], points: Sequence[Point]) ->
 def _settings(base: dict[str, Any], point: Point) -> dict[str, Any]:
     """The base experiment with a point's settings, and with its method and training seed alone if it names them."""
     methods: dict[str, Any] = base.get("methods") or {}
-    if METHOD in point and point[METHOD] not in methods:
-        raise ConfigError(
-            f"{METHOD}: {point[METHOD]!r} is not in the experiment's methods ({', '.join(methods)}); add it there"
-        )
+    if METHOD in point and not (isinstance(point[METHOD], str) and point[METHOD] in methods):
+        method = shown(repr(point[METHOD]))
+        raise ConfigError(f"{METHOD}: {method} is not in the experiment's methods ({', '.join(methods)}); add it there")
     own = {name: value for name, value in point.items() if name not in (METHOD, SEED)}
     if METHOD in point:
         own = {name: value for name, value in own.items() if not name.startswith("methods.") or _of(name, point[METHOD])}

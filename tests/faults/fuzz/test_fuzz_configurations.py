@@ -24,7 +24,12 @@ SWEEP: dict[str, Any] = {
     "name": "s",
     "experiment": "experiment.yaml",
     "overrides": {"train.max_steps": 2},
-    "axes": {"methods.distilllens.lens.weight": [0.5, 1], "train.batch_size": {"low": 2, "high": 6, "integer": True}},
+    "axes": {
+        "method": ["kd", "distilllens"],
+        "train_seed": [10],
+        "methods.distilllens.lens.weight": {"values": [0.5, 1], "when": {"method": "distilllens"}},
+        "train.batch_size": {"low": 2, "high": 6, "integer": True},
+    },
     "search": {"kind": "random", "points": 3},
     "baseline": "kd",
     "trial": {"retries": 0},

@@ -104,6 +104,7 @@ def test_the_command_line_changes_the_base(tmp_path: Path) -> None:
     ("axes", "message"),
     [
         ({"method": ["kdd"]}, r"'kdd' is not in the experiment's methods"),
+        ({"method": [{"kd": 1}]}, r"method: {'kd': 1} is not in the experiment's methods"),
         ({"train.learning_rate": [-1.0, 1e-3]}, r"at train.learning_rate=-1: train.learning_rate: must be a number above 0"),
         ({"methods.distilllens.lens.wieght": [1.0]}, r"wieght: unknown key; did you mean weight"),
     ],
