@@ -39,3 +39,4 @@ def migrated_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # commands that a test before this one ran in this process switch it on

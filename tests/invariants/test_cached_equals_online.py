@@ -34,18 +34,27 @@ OBJECTIVES = {
 }
 
 
+Sources = tuple[PreTrainedModel, TeacherSource, TeacherSource]
+
+
 @pytest.fixture(params=FAMILIES)
-def sources(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[PreTrainedModel, TeacherSource, TeacherSource]:
-    model = FAMILIES[request.param](layers=6, seed=2)
+def sources(request: pytest.FixtureRequest, tmp_path: Path) -> Sources:
+    return both(FAMILIES[request.param](layers=6, seed=2), tmp_path)
+
+
+def both(model: PreTrainedModel, folder: Path) -> Sources:
+    """The model, and its states as it computes them and as they are read."""
     key = CacheKey("t", "k", "alpaca", "d", LAYERS, "float32", 64)
     device = torch.device("cpu")
     # Batches and shards unlike those of training: rows must not remember their neighbours.
-    capture(model, ROWS, LAYERS, tmp_path, key, shard_bytes=4096, batch_size=3, pad_token_id=0, device=device)
-    return model, OnlineTeacher(model), CachedTeacher(tmp_path, key, num_layers=6, device=device)
+    capture(model, ROWS, LAYERS, folder, key, shard_bytes=4096, batch_size=3, pad_token_id=0, device=device)
+    return model, OnlineTeacher(model), CachedTeacher(folder, key, num_layers=6, device=device)
 
 
-def test_states_are_equal_in_any_batch(sources: tuple[PreTrainedModel, TeacherSource, TeacherSource]) -> None:
-    _, online, cached = sources
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_are_equal_in_any_batch(family: str, tmp_path: Path) -> None:
+    """Computed in float64: what another batch's matrix shapes do to float32 differs from processor to processor."""
+    _, online, cached = both(FAMILIES[family](layers=6, seed=2).double(), tmp_path)
     assert online.num_layers == cached.num_layers == 6
     for order in ORDERS:
         batch = collate([ROWS[i] for i in order], 0)
@@ -53,11 +62,11 @@ def test_states_are_equal_in_any_batch(sources: tuple[PreTrainedModel, TeacherSo
         for layer in LAYERS:
             exact = expected.states(layer, batch.response_positions)
             error = (found.states(layer, batch.response_positions) - exact).norm(dim=1)
-            assert (error <= 1e-6 * exact.norm(dim=1)).all()  # what another batch's matrix shapes do to float32
+            assert (error <= 2**-24 * exact.norm(dim=1)).all()  # they are kept in float32
 
 
 def test_states_of_the_captured_batch_are_equal_to_the_bit(
-    sources: tuple[PreTrainedModel, TeacherSource, TeacherSource],
+    sources: Sources,
 ) -> None:
     _, online, cached = sources
     batch = collate([ROWS[i] for i in (7, 6, 5)], 0)
@@ -67,7 +76,7 @@ def test_states_of_the_captured_batch_are_equal_to_the_bit(
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_loss_and_gradients_are_equal(sources: tuple[PreTrainedModel, TeacherSource, TeacherSource], name: str) -> None:
+def test_loss_and_gradients_are_equal(sources: Sources, name: str) -> None:
     model, online, cached = sources
     objective = OBJECTIVES[name]
     batch = collate([ROWS[i] for i in (7, 0, 3, 4)], 0)
@@ -102,9 +111,7 @@ def refuse_forward() -> Callable[[PreTrainedModel], None]:
     return refuse
 
 
-def test_the_body_is_not_run(
-    sources: tuple[PreTrainedModel, TeacherSource, TeacherSource], refuse_forward: Callable[[PreTrainedModel], None]
-) -> None:
+def test_the_body_is_not_run(sources: Sources, refuse_forward: Callable[[PreTrainedModel], None]) -> None:
     model, online, cached = sources
     refuse_forward(model)
     batch = collate(ROWS[:2], 0)

@@ -13,11 +13,6 @@ PLAIN = LogitShape(1.0, None)
 TINY = torch.finfo(torch.float32).tiny
 
 
-@pytest.fixture(autouse=True)
-def _denormals_are_kept() -> None:
-    torch.set_flush_denormal(False)  # a test before this one may have had the process flush them
-
-
 def spread_logits(rows: int = 8, vocab: int = 4096) -> Tensor:
     """Evenly spread from 0 to -160: every distance at which float32 underflows occurs."""
     line = torch.linspace(0.0, -160.0, vocab)

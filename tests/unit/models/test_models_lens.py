@@ -89,7 +89,8 @@ def test_pruning_what_is_not_there(start: int, size: int) -> None:
 
 
 def test_the_angular_distance_finds_the_block_that_does_nothing() -> None:
-    model = tiny.llama(layers=5)
+    # Beside 0 the angle is the root of float32's rounding, which differs from processor to processor.
+    model = tiny.llama(layers=5).double()
     for block in model.model.layers[1:3]:  # layers 2 and 3 become the identity
         block.self_attn.o_proj.weight.data.zero_()
         block.mlp.down_proj.weight.data.zero_()
@@ -100,7 +101,7 @@ def test_the_angular_distance_finds_the_block_that_does_nothing() -> None:
     one = angular_distances(
         model, [collate([row], 0) for row in (EncodedExample("a", (5, 9, 17, 30, 2), 2), EncodedExample("b", (7, 9, 1), 1))], 2
     )
-    assert torch.allclose(one, distances, atol=1e-5)  # padding and batching change nothing
+    assert torch.allclose(one, distances, atol=1e-6)  # padding and batching change nothing
 
 
 @pytest.mark.parametrize("name", MODELS)
