@@ -58,7 +58,7 @@ services-test: $(VENV)/.installed-services ## run the services of docker/compose
 faults: $(VENV)/.installed-test $(VENV)/.fetched ## kill, damage and starve runs, fuzz configurations and data; write faults.json
 	DISTILLLENS_FAULTS=all $(BIN)/python -m pytest tests/faults -n 2 --dist loadfile
 
-bench: $(VENV)/.installed-test $(VENV)/.fetched ## run the benchmarks (forty minutes on two quiet cores), write bench.json
+bench: $(VENV)/.installed-test $(VENV)/.fetched ## run the benchmarks (over half an hour on two quiet cores), write bench.json
 	GOMP_SPINCOUNT=2000 $(BIN)/python -m pytest tests/benchmarks --benchmark-only --benchmark-columns=median,rounds -s
 
 checks: $(VENV)/.installed-checks ## lint, type checks, security checks, audit of dependencies

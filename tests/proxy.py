@@ -9,6 +9,8 @@ import time
 from typing import Literal
 
 Mode = Literal["pass", "gone", "slow", "silent", "broken"]
+NOBODY = 0
+"""Port of a server that is never asked."""
 _BROKEN = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 

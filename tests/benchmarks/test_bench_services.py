@@ -7,7 +7,6 @@ first cannot tell 2 % from nothing where two trainings without either differ by 
 from __future__ import annotations
 
 import shutil
-import socket
 import statistics
 import threading
 import time
@@ -23,7 +22,7 @@ import tiny
 from burden import OtherThreads, Timed
 from conftest import Figures
 from prefect_process import prefect_server
-from proxy import Mode, Proxy
+from proxy import NOBODY, Mode, Proxy
 
 from flows.engine import configure_prefect
 from pipeline.plan import Plan
@@ -36,51 +35,39 @@ GOAL = ("<=", 2.0)
 SLOW_SECONDS = 2.0
 
 
-def serve(answer: Callable[[BaseHTTPRequestHandler], None]) -> ThreadingHTTPServer:
-    """A server that answers every call in one way."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def handle_one_request(self) -> None:
-            self.raw_requestline = self.rfile.readline(65537)
-            if self.raw_requestline and self.parse_request():
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                answer(self)
-            self.close_connection = True
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
-def slow(handler: BaseHTTPRequestHandler) -> None:
+class Slow(BaseHTTPRequestHandler):
     """Two seconds, then what MLflow answers to most calls; enough for metrics to be sent all the time."""
-    time.sleep(SLOW_SECONDS)
-    run = '{"info": {"run_id": "0123456789abcdef0123456789abcdef", "status": "RUNNING"}, "data": {}}'
-    content = f'{{"experiment": {{"experiment_id": "1", "name": "e"}}, "run": {run}, "runs": [{run}]}}'.encode()
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(len(content)))
-    handler.end_headers()
-    handler.wfile.write(content)
+
+    def handle_one_request(self) -> None:
+        self.raw_requestline = self.rfile.readline(65537)
+        if self.raw_requestline and self.parse_request():
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.answer()
+        self.close_connection = True
+
+    def answer(self) -> None:
+        time.sleep(SLOW_SECONDS)
+        run = '{"info": {"run_id": "0123456789abcdef0123456789abcdef", "status": "RUNNING"}, "data": {}}'
+        content = f'{{"experiment": {{"experiment_id": "1", "name": "e"}}, "run": {run}, "runs": [{run}]}}'.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
-def broken(handler: BaseHTTPRequestHandler) -> None:
-    handler.send_error(500)
-
-
-@pytest.fixture(params=[f"slow, {SLOW_SECONDS:g} s a call", "gone", "broken"])
+@pytest.fixture(params=["slow", "gone", "silent", "broken"])
 def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     """What it does, and its address."""
-    if request.param == "gone":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            yield request.param, f"http://127.0.0.1:{probe.getsockname()[1]}"
+    if request.param != "slow":
+        yield request.param, f"http://127.0.0.1:{Proxy(NOBODY, request.param).port}"
         return
-    made = serve(slow if request.param.startswith("slow") else broken)
-    yield request.param, f"http://127.0.0.1:{made.server_port}"
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    made.daemon_threads = True
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield f"slow, {SLOW_SECONDS:g} s a call", f"http://127.0.0.1:{made.server_port}"
     made.shutdown()
 
 

@@ -16,7 +16,7 @@ from faults_command import Command
 from faults_results import differences, results
 from faults_setup import ALL, Tally
 from prefect_process import prefect_server
-from proxy import Mode, Proxy
+from proxy import NOBODY, Mode, Proxy
 
 from pipeline.stages import compare, evaluate, train
 from pipeline.worker import make_inputs
@@ -30,8 +30,6 @@ CHANGES: dict[str, Any] = {
     "validation": {"select": "loss"},
     "evaluation": {"decoding": {"max_new_tokens": 4}, "seeds": [1]},
 }
-NOBODY = 0
-"""Port of a server that is never asked."""
 CHATTER = ("Traceback", "Error logging to API", "| ERROR", "| WARNING", "httpx.", "CRITICAL")
 
 
